@@ -1,0 +1,2 @@
+// Package arch holds the layout test: import arrows and package comments.
+package arch

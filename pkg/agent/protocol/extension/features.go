@@ -1,0 +1,22 @@
+package extension
+
+// Ports of the guest. 1024 is the protocol's, the other one ours.
+const (
+	// AgentPort serves grpc.AgentService, grpc.Health and Extension.
+	AgentPort = 1024
+	// StreamPort accepts one connection per standard stream of a process.
+	StreamPort = 1028
+)
+
+// Names in AgentDetails.extra_features.
+const (
+	// FeatureExtension says that the Extension service is served on AgentPort.
+	FeatureExtension = "vmshim.extension.v1"
+	// FeatureStreams says that StreamPort accepts streams.
+	FeatureStreams = "vmshim.streams.v1"
+)
+
+// ReadyParam is the kernel parameter that asks the agent to say that it
+// serves: vmshim.ready=PORT:TOKEN. The agent connects to that port of the
+// host, writes the token and a newline, and closes.
+const ReadyParam = "vmshim.ready"

@@ -1,0 +1,184 @@
+package extension
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// A stream connection starts with a header from the host and an answer from
+// the guest. Then its sender (the host for stdin, the guest for the others)
+// sends chunks: a length of 32 bits, big endian, and that many bytes. Length 0
+// ends the stream: the receiver, having taken everything, closes the
+// connection, and the sender, having seen that, closes it too. A connection
+// that ends before length 0 was cut. Nothing depends on half-closed sockets,
+// which not every vsock transport carries.
+
+// The streams of a process.
+const (
+	Stdin  = 0
+	Stdout = 1
+	Stderr = 2
+)
+
+// Limits of the stream protocol.
+const (
+	MaxChunk   = 64 << 10 // bytes in one chunk
+	MaxID      = 1 << 10  // bytes in a container or exec id
+	MaxMessage = 512      // bytes in a refusal
+)
+
+var streamMagic = [4]byte{'v', 'm', 's', '1'}
+
+// StreamStatus is the first byte of the guest's answer.
+type StreamStatus byte
+
+// The answers.
+const (
+	StreamOK StreamStatus = iota
+	StreamNotFound
+	StreamTaken
+	StreamInvalid
+)
+
+// StreamHeader says which stream a connection is to carry.
+type StreamHeader struct {
+	Stream      byte
+	ContainerID string
+	ExecID      string
+}
+
+// ErrMalformed is wrapped by errors about bytes that are not the protocol's.
+var ErrMalformed = errors.New("malformed stream")
+
+// WriteStreamHeader sends the header in one write.
+func WriteStreamHeader(w io.Writer, h StreamHeader) error {
+	if len(h.ContainerID) > MaxID || len(h.ExecID) > MaxID {
+		return fmt.Errorf("%w: id of more than %d bytes", ErrMalformed, MaxID)
+	}
+	b := append(streamMagic[:len(streamMagic):len(streamMagic)], h.Stream)
+	b = appendString(b, h.ContainerID)
+	b = appendString(b, h.ExecID)
+	_, err := w.Write(b)
+	return err
+}
+
+// ReadStreamHeader reads exactly one header.
+func ReadStreamHeader(r io.Reader) (StreamHeader, error) {
+	var b [5]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return StreamHeader{}, err
+	}
+	if [4]byte(b[:4]) != streamMagic || b[4] > Stderr {
+		return StreamHeader{}, fmt.Errorf("%w: header %x", ErrMalformed, b)
+	}
+	h := StreamHeader{Stream: b[4]}
+	var err error
+	if h.ContainerID, err = readString(r, MaxID); err != nil {
+		return StreamHeader{}, err
+	}
+	if h.ExecID, err = readString(r, MaxID); err != nil {
+		return StreamHeader{}, err
+	}
+	return h, nil
+}
+
+// WriteStreamAnswer sends the guest's answer; message says why not.
+func WriteStreamAnswer(w io.Writer, status StreamStatus, message string) error {
+	message = message[:min(len(message), MaxMessage)]
+	_, err := w.Write(appendString([]byte{byte(status)}, message))
+	return err
+}
+
+// ReadStreamAnswer reads exactly one answer.
+func ReadStreamAnswer(r io.Reader) (StreamStatus, string, error) {
+	var b [1]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return 0, "", err
+	}
+	message, err := readString(r, MaxMessage)
+	return StreamStatus(b[0]), message, err
+}
+
+// WriteChunk sends data, split as needed; empty data sends nothing.
+func WriteChunk(w io.Writer, data []byte) error {
+	for len(data) > 0 {
+		n := min(len(data), MaxChunk)
+		b := make([]byte, 4, 4+n)
+		binary.BigEndian.PutUint32(b, uint32(n))
+		if _, err := w.Write(append(b, data[:n]...)); err != nil {
+			return err
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+// WriteEnd ends the stream.
+func WriteEnd(w io.Writer) error {
+	_, err := w.Write(make([]byte, 4))
+	return err
+}
+
+// A ChunkReader is the bytes of a stream. It returns io.EOF after the end mark
+// and io.ErrUnexpectedEOF when the connection ends before it.
+type ChunkReader struct {
+	R    io.Reader
+	left uint32
+	done bool
+}
+
+// Read implements io.Reader.
+func (c *ChunkReader) Read(p []byte) (int, error) {
+	if c.done {
+		return 0, io.EOF
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if c.left == 0 {
+		var b [4]byte
+		if _, err := io.ReadFull(c.R, b[:]); err != nil {
+			return 0, cut(err)
+		}
+		c.left = binary.BigEndian.Uint32(b[:])
+		if c.left == 0 {
+			c.done = true
+			return 0, io.EOF
+		}
+		if c.left > MaxChunk {
+			return 0, fmt.Errorf("%w: chunk of %d bytes", ErrMalformed, c.left)
+		}
+	}
+	n, err := c.R.Read(p[:min(len(p), int(c.left))])
+	c.left -= uint32(n)
+	return n, cut(err)
+}
+
+func cut(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.BigEndian.AppendUint16(b, uint16(len(s))), s...)
+}
+
+func readString(r io.Reader, limit int) (string, error) {
+	var b [2]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return "", cut(err)
+	}
+	n := int(binary.BigEndian.Uint16(b[:]))
+	if n > limit {
+		return "", fmt.Errorf("%w: string of %d bytes, at most %d", ErrMalformed, n, limit)
+	}
+	s := make([]byte, n)
+	if _, err := io.ReadFull(r, s); err != nil {
+		return "", cut(err)
+	}
+	return string(s), nil
+}

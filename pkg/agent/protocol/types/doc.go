@@ -1,0 +1,2 @@
+// Package types holds the network objects of the agent protocol.
+package types
