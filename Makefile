@@ -1,0 +1,131 @@
+# vmshim: 'make help' lists the targets.
+
+OUT    := _output
+BIN    := $(OUT)/bin
+PREFIX ?= /usr/local
+CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmshim
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/vmshim/vmshim/internal/version.Version=$(VERSION)
+
+# Where Go's own flags would look into .git, a checkout of another user fails.
+export GOFLAGS := -buildvcs=false $(filter-out -buildvcs=%,$(GOFLAGS))
+
+CONTAINERD_1 := 1.7.35
+CONTAINERD_2 := 2.4.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: prereqs
+prereqs: ## install the Debian packages that are missing (as root)
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs
+
+.PHONY: build
+build: ## the shim and the command, into _output/bin
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-shim-vm-v2 ./cmd/vmshim
+
+-include guest/image.mk # agent, image
+
+.PHONY: vhost-device-vsock
+vhost-device-vsock: prereqs ## fetch the daemon that serves vsock without /dev/vhost-vsock
+	@hack/fetch-vhost-device-vsock >/dev/null
+
+# Everything that a machine needs to run.
+.PHONY: all
+all: prereqs build image vhost-device-vsock ## prereqs, build, image, vhost-device-vsock
+
+# -- checks ------------------------------------------------------------------
+
+LINT := $(CACHE)/tools/golangci-lint-$(shell sed -n 's|^\tgithub.com/golangci/golangci-lint/v2 v\([^ ]*\).*|\1|p' tools/go.mod)-$(shell go env GOVERSION)
+
+$(LINT):
+	@echo "building golangci-lint (once; takes some minutes)"
+	@mkdir -p $(@D)
+	go build -modfile=tools/go.mod -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+.PHONY: check
+check: prereqs $(LINT) check-protos ## format, vet, lint, go.mod, generated code, layout
+	$(LINT) fmt --diff
+	go vet ./...
+	$(LINT) run ./...
+	go mod tidy -diff
+	go test -count=1 ./internal/arch
+
+.PHONY: check-protos
+check-protos:
+	@hack/check-protos
+
+.PHONY: protos
+protos: prereqs ## generate code from the .proto files
+	pkg/agent/protocol/generate.sh
+
+.PHONY: fmt
+fmt: $(LINT) ## format the code
+	$(LINT) fmt
+
+# -- tests -------------------------------------------------------------------
+
+# What boots machines has names of its own; two machines at a time are enough
+# for two cores, so packages run one after the other.
+MACHINES = go test -count=1 -p 1 -timeout 40m
+
+.PHONY: unit
+unit: ## tests without a machine, under two minutes
+	go test -short -race ./pkg/... ./internal/... ./cmd/...
+
+.PHONY: containerds
+containerds: prereqs
+	@hack/containerd debian >/dev/null
+	@hack/containerd $(CONTAINERD_1) >/dev/null
+	@hack/containerd $(CONTAINERD_2) >/dev/null
+
+.PHONY: test
+test: all unit vm-test shim-test e2e ## everything that is promised, at most 40 minutes
+
+.PHONY: vm-test
+vm-test: all ## tests of the parts in real machines
+	$(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
+
+.PHONY: shim-test
+shim-test: all ## the built shim without containerd
+	$(MACHINES) -run '^TestShim' ./pkg/... ./test/...
+
+.PHONY: e2e
+e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2.x
+	$(MACHINES) -run '^TestE2E' ./test/...
+
+.PHONY: test-all
+test-all: test fuzz bench ## make test, then what takes longer
+
+FUZZTIME ?= 30s
+
+.PHONY: fuzz
+fuzz: ## every fuzz test for FUZZTIME (30s)
+	@hack/fuzz $(FUZZTIME)
+
+.PHONY: bench
+bench: all containerds ## start, exec, stdio and memory, as ratios: _output/bench.json
+	go run ./test/bench -containerd "$$(hack/containerd $(CONTAINERD_2))" -json $(OUT)/bench.json
+
+.PHONY: demo
+demo: all ## a container in a machine, through containerd, step by step
+	@go run ./test/demo
+
+# -- install -----------------------------------------------------------------
+
+.PHONY: install
+install: build image ## into DESTDIR and PREFIX (/usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/vmshim $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs
+	install -m 755 $(BIN)/containerd-shim-vm-v2 $(BIN)/vmshim $(DESTDIR)$(PREFIX)/bin/
+	install -m 644 $(OUT)/guest/vmlinux $(OUT)/guest/initrd.img $(DESTDIR)$(PREFIX)/share/vmshim/
+	install -m 644 README.md LICENSE docs/*.md $(DESTDIR)$(PREFIX)/share/doc/vmshim/
+	install -m 644 configs/* $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs/
+
+.PHONY: clean
+clean: ## remove _output; what is cached for all checkouts stays
+	rm -rf $(OUT)
