@@ -1,45 +1,43 @@
 // Package vsock reaches a guest from its host and a host from its guest: by
 // the kernel's AF_VSOCK, or by the unix socket of a vhost-user vsock device
 // ("hybrid": write CONNECT and the port, read OK, own the stream).
+//
+// A stream may lack half-close: vhost-device-vsock does not carry it. Protocols
+// on top mark the end of their data themselves.
 package vsock
 
 import (
 	"context"
+	"fmt"
 	"net"
 
-	"github.com/containerd/errdefs"
+	"github.com/mdlayher/vsock"
 )
 
 // HostCID is the context id of the host as a guest sees it (linux/vm_sockets.h).
-const HostCID = 2
+const HostCID = vsock.Host
 
 // A Dialer opens a stream to a port of one guest. The context bounds the
 // attempt, not the stream.
 type Dialer func(ctx context.Context, port uint32) (net.Conn, error)
 
-// Kernel dials the guest with the given context id through AF_VSOCK.
+// Kernel dials the guest with the given context id through AF_VSOCK. Where
+// nobody listens the error is ECONNRESET; where no guest is, ENODEV.
 func Kernel(cid uint32) Dialer {
-	return func(ctx context.Context, port uint32) (net.Conn, error) { return nil, errdefs.ErrNotImplemented }
-}
-
-// Hybrid dials through the unix socket at path.
-func Hybrid(path string) Dialer {
-	return func(ctx context.Context, port uint32) (net.Conn, error) { return nil, errdefs.ErrNotImplemented }
-}
-
-// Parse reads an agent URL, vsock://CID:PORT or hvsock://PATH:PORT.
-func Parse(url string) (Dialer, uint32, error) {
-	return nil, 0, errdefs.ErrNotImplemented
-}
-
-// ListenGuest listens on a port of this guest and accepts only connections
-// whose peer is the host: the agent protocol has no authentication, and
-// workloads can open vsock.
-func ListenGuest(port uint32) (net.Listener, error) {
-	return nil, errdefs.ErrNotImplemented
+	return func(ctx context.Context, port uint32) (net.Conn, error) {
+		conn, err := vsock.DialContext(ctx, cid, port, nil)
+		if err != nil {
+			return nil, fmt.Errorf("dial guest: %w", err) // net.OpError names cid and port
+		}
+		return conn, nil
+	}
 }
 
 // DialHost connects this guest to a port of its host.
 func DialHost(ctx context.Context, port uint32) (net.Conn, error) {
-	return nil, errdefs.ErrNotImplemented
+	conn, err := vsock.DialContext(ctx, HostCID, port, nil)
+	if err != nil {
+		return nil, fmt.Errorf("dial host: %w", err)
+	}
+	return conn, nil
 }
