@@ -1,14 +1,20 @@
 // Package storage turns the root file system and the mounts of a container
 // into what a virtual machine can have: bind mounts below one shared
-// directory (virtio-fs), disks, and mounts made in the guest. Planning is
-// pure; Apply makes the mounts on the host and returns what undoes them.
+// directory (virtio-fs), disks, and mounts made in the guest.
+//
+// Look gathers what must be known of the host, NewPlan decides (pure), Apply
+// makes the mounts on the host, and Remove undoes them, for a later process
+// too. A mount below the share appears in the guest by itself: MakeShare makes
+// the directory propagate mounts to the daemon that serves it.
 package storage
 
-// Tag is the mount tag of the sandbox's share, and GuestDir where the agent
-// mounts it. Both are the agent protocol's conventions.
+// Tag is the mount tag of the sandbox's share, GuestDir where the agent mounts
+// it, and GuestShm the shared memory of the sandbox. They are the agent
+// protocol's conventions.
 const (
 	Tag      = "kataShared"
 	GuestDir = "/run/kata-containers/shared/containers"
+	GuestShm = "/run/kata-containers/sandbox/shm"
 )
 
 // A Mount is a mount on the host as containerd describes it.
