@@ -1,0 +1,116 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/vmshim/vmshim/test/ociimage"
+)
+
+// Generations are the containerds that the shim is tested under: Debian's, the
+// last 1.x and the newest 2.x.
+var Generations = []string{"debian", "1", "2"}
+
+// Local is what a daemon needs of this checkout: its shim, its guest image.
+// Everything that is written lies under Dir.
+type Local struct {
+	Root string // of the checkout
+	Dir  string
+}
+
+// NewLocal writes the shim's configuration, extra lines of it included, and the
+// test image into dir.
+func NewLocal(ctx context.Context, dir string, extra ...string) (*Local, error) {
+	root, err := checkout()
+	if err != nil {
+		return nil, err
+	}
+	l := &Local{Root: root, Dir: dir}
+	if err := os.WriteFile(l.ShimConfig(), []byte(l.Config(extra...)), 0o600); err != nil {
+		return nil, err
+	}
+	archive, err := os.Create(l.archive())
+	if err != nil {
+		return nil, err
+	}
+	defer archive.Close()
+	return l, ociimage.Write(ctx, archive, ociimage.Busybox)
+}
+
+// Built checks that everything was built.
+func (l *Local) Built() error {
+	for _, path := range []string{l.ShimDir() + "/containerd-shim-vm-v2", l.Kernel(), l.Initrd()} {
+		if _, err := os.Stat(path); err != nil {
+			return fmt.Errorf("run 'make all' first: %w", err)
+		}
+	}
+	return nil
+}
+
+// Config is a shim configuration with the paths of this checkout. Extra lines
+// are keys of the top level.
+func (l *Local) Config(extra ...string) string {
+	return fmt.Sprintf("state_dir = '%s'\n%s\n[machine]\nkernel = '%s'\ninitrd = '%s'\n",
+		l.StateDir(), strings.Join(extra, "\n"), l.Kernel(), l.Initrd())
+}
+
+// Start runs a containerd of the generation with the image imported.
+func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {
+	bin, err := l.hack(ctx, "containerd", generation)
+	if err != nil {
+		return nil, err
+	}
+	d, err := Start(ctx, Config{Bin: bin, Dir: l.Dir, ShimDir: l.ShimDir(), Env: []string{"VMSHIM_CONFIG=" + l.ShimConfig()}})
+	if err != nil {
+		return nil, err
+	}
+	return d, d.Import(ctx, l.archive())
+}
+
+// ShimDir has the built programs in it.
+func (l *Local) ShimDir() string { return filepath.Join(l.Root, "_output/bin") }
+
+// Kernel is the guest's kernel.
+func (l *Local) Kernel() string { return filepath.Join(l.Root, "_output/guest/vmlinux") }
+
+// Initrd is the guest's initramfs.
+func (l *Local) Initrd() string { return filepath.Join(l.Root, "_output/guest/initrd.img") }
+
+// StateDir is the shim's, where each sandbox has a directory.
+func (l *Local) StateDir() string { return filepath.Join(l.Dir, "vm") }
+
+func (l *Local) archive() string { return filepath.Join(l.Dir, "busybox.tar") }
+
+// ShimConfig is the shim's configuration file.
+func (l *Local) ShimConfig() string { return filepath.Join(l.Dir, "vmshim.toml") }
+
+// hack runs a script of hack/ and returns the line that it prints.
+func (l *Local) hack(ctx context.Context, script string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(l.Root, "hack", script), args...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("hack/%s %s: %w", script, strings.Join(args, " "), err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// checkout walks up from the working directory to go.mod.
+func checkout() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		if dir == "/" {
+			return "", fmt.Errorf("no go.mod above the working directory")
+		}
+	}
+}
