@@ -1,0 +1,14 @@
+# The guest image: kernel, initramfs and the agent in it. See guest/README.md.
+
+GUEST_CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmshim
+GUEST_KERNEL ?=
+AGENT_FLAGS   = -trimpath -tags 'netgo osusergo seccomp' \
+	-ldflags '-s -w -X main.version=$(or $(VERSION),devel) -linkmode external -extldflags -static'
+
+.PHONY: agent image
+
+agent: ## build the guest's agent (static, with cgo for libcontainer)
+	CGO_ENABLED=1 go build $(AGENT_FLAGS) -o _output/bin/vmshim-agent ./cmd/vmshim-agent
+
+image: agent ## build the guest image from Debian packages
+	go run ./guest/mkimage -agent _output/bin/vmshim-agent -cache $(GUEST_CACHE)/debs -out _output/guest -kernel '$(GUEST_KERNEL)'

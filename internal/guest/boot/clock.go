@@ -1,0 +1,89 @@
+package boot
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/guest/module"
+)
+
+const (
+	clockDevice   = "/dev/ptp0"
+	clockInterval = 5 * time.Second
+	clockStep     = 100 * time.Millisecond // beyond it the clock is set at once
+	clockSlack    = 200 * time.Microsecond // within it the clock is left alone
+)
+
+// keepClock follows the host's clock as long as KVM shows it to the guest. A
+// guest without ptp_kvm gets its time from the host (SetGuestDateTime).
+func keepClock(ctx context.Context, modules *module.Loader) {
+	if modules.Load("ptp_kvm", "") != nil {
+		return // not KVM
+	}
+	ptp, err := os.Open(clockDevice)
+	if err != nil {
+		return
+	}
+	defer ptp.Close()
+	for range time.Tick(clockInterval) {
+		if err := follow(ptp); err != nil {
+			log.G(ctx).WithError(err).Warn("clock is no longer kept")
+			return
+		}
+	}
+}
+
+func follow(ptp *os.File) error {
+	ahead, err := offset(ptp)
+	if err != nil {
+		return err
+	}
+	return adjust(ahead)
+}
+
+// offset says how much the host's clock is ahead of the guest's.
+func offset(ptp *os.File) (time.Duration, error) {
+	if s, err := unix.IoctlPtpSysOffsetPrecise(int(ptp.Fd())); err == nil {
+		return ptpTime(s.Device).Sub(ptpTime(s.Realtime)), nil
+	}
+	var before, host, after unix.Timespec
+	clock := unix.FdToClockID(int(ptp.Fd()))
+	for _, read := range []struct {
+		clock int32
+		to    *unix.Timespec
+	}{{unix.CLOCK_REALTIME, &before}, {clock, &host}, {unix.CLOCK_REALTIME, &after}} {
+		if err := unix.ClockGettime(read.clock, read.to); err != nil {
+			return 0, fmt.Errorf("read clock: %w", err)
+		}
+	}
+	middle := time.Unix(before.Unix()).Add(time.Unix(after.Unix()).Sub(time.Unix(before.Unix())) / 2)
+	return time.Unix(host.Unix()).Sub(middle), nil
+}
+
+func ptpTime(t unix.PtpClockTime) time.Time { return time.Unix(t.Sec, int64(t.Nsec)) }
+
+// adjust moves the clock: slowly when it is nearly right, so that no process
+// sees it jump, else at once.
+func adjust(ahead time.Duration) error {
+	switch {
+	case ahead.Abs() < clockSlack:
+		return nil
+	case ahead.Abs() < clockStep:
+		t := unix.Timex{Modes: unix.ADJ_OFFSET_SINGLESHOT, Offset: ahead.Microseconds()}
+		_, err := unix.Adjtimex(&t)
+		return err
+	default:
+		t := unix.Timex{Modes: unix.ADJ_SETOFFSET | unix.ADJ_NANO}
+		t.Time.Sec, t.Time.Usec = int64(ahead/time.Second), int64(ahead%time.Second)
+		if t.Time.Usec < 0 { // the kernel wants the fraction positive
+			t.Time.Sec, t.Time.Usec = t.Time.Sec-1, t.Time.Usec+int64(time.Second)
+		}
+		_, err := unix.Adjtimex(&t)
+		return err
+	}
+}
