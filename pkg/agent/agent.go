@@ -217,14 +217,20 @@ type Streams struct {
 	// Stdout and Stderr end with io.EOF only when everything the process and
 	// its children wrote was delivered; a cut is io.ErrUnexpectedEOF.
 	Stdout, Stderr io.ReadCloser
+
+	cut []func() // what ends each of them
+}
+
+// Close cuts the streams: what is blocked on them returns. Output that was not
+// read is lost, and input that was not taken may be.
+func (s *Streams) Close() error {
+	for _, cut := range s.cut {
+		cut()
+	}
+	return nil
 }
 
 // SavedState finds the agent again.
 type SavedState struct {
 	URL string `json:"url"`
-}
-
-// Client is an Agent over ttrpc.
-type Client struct {
-	// TODO: see client.go
 }

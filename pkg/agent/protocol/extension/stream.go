@@ -115,6 +115,26 @@ func WriteChunk(w io.Writer, data []byte) error {
 	return nil
 }
 
+// A ChunkWriter sends what is written to it as chunks, in one write to W each.
+type ChunkWriter struct {
+	W   io.Writer
+	buf []byte
+}
+
+// Write implements io.Writer; empty data sends nothing.
+func (c *ChunkWriter) Write(p []byte) (written int, err error) {
+	for written < len(p) {
+		n := min(len(p)-written, MaxChunk)
+		c.buf = binary.BigEndian.AppendUint32(c.buf[:0], uint32(n))
+		c.buf = append(c.buf, p[written:written+n]...)
+		if _, err := c.W.Write(c.buf); err != nil {
+			return written, err
+		}
+		written += n
+	}
+	return written, nil
+}
+
 // WriteEnd ends the stream.
 func WriteEnd(w io.Writer) error {
 	_, err := w.Write(make([]byte, 4))
