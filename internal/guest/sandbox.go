@@ -1,0 +1,304 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/vmshim/vmshim/internal/cleanup"
+	"github.com/vmshim/vmshim/pkg/agent/protocol"
+)
+
+// destroyTimeout bounds how long DestroySandbox waits for containers that hang:
+// the machine goes away anyway.
+const destroyTimeout = 10 * time.Second
+
+// A sandbox is all that the machine serves: there is one.
+type sandbox struct {
+	cfg      Config
+	watcher  *watcher
+	oom      *oomQueue
+	storages *storages
+
+	setup lock          // held by CreateSandbox and DestroySandbox
+	undo  cleanup.Stack // what CreateSandbox did; guarded by setup
+
+	mu         sync.Mutex
+	id         string                // guarded by mu
+	pinned     *pinned               // guarded by mu; nil: there is no sandbox
+	pidns      *namespace            // of the first container; guarded by mu
+	containers map[string]*container // guarded by mu
+	closing    bool                  // guarded by mu
+
+	destroyed chan struct{} // closed when DestroySandbox is done
+}
+
+func newSandbox(cfg Config, w *watcher) *sandbox {
+	return &sandbox{
+		cfg: cfg, watcher: w, oom: newOOMQueue(), storages: newStorages(cfg), setup: newLock(),
+		containers: map[string]*container{}, destroyed: make(chan struct{}),
+	}
+}
+
+// CreateSandbox implements the protocol.
+func (s *service) CreateSandbox(ctx context.Context, req *protocol.CreateSandboxRequest) (*emptypb.Empty, error) {
+	if err := checkSandbox(req); err != nil {
+		return nil, err
+	}
+	b := s.sandbox
+	if err := b.setup.acquire(ctx); err != nil {
+		return nil, err
+	}
+	defer b.setup.release()
+	return &emptypb.Empty{}, b.create(ctx, req)
+}
+
+func checkSandbox(req *protocol.CreateSandboxRequest) error {
+	if id := req.GetSandboxId(); id != "" {
+		if err := checkID("sandbox id", id); err != nil {
+			return err
+		}
+	}
+	if len(req.GetHostname()) > 64 || strings.ContainsRune(req.GetHostname(), 0) {
+		return invalid("hostname %q", bound(req.GetHostname(), 128))
+	}
+	if req.GetGuestHookPath() != "" {
+		return notImplemented("guest hooks")
+	}
+	for _, line := range req.GetDns() {
+		if len(line) > 4096 {
+			return invalid("dns line of %d bytes", len(line))
+		}
+	}
+	return nil
+}
+
+// create makes the sandbox, or nothing. The caller holds setup.
+func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest) (err error) {
+	b.mu.Lock()
+	exists, closing := b.pinned != nil, b.closing
+	b.mu.Unlock()
+	if closing {
+		return precondition("the sandbox is being destroyed")
+	}
+	if exists {
+		return fmt.Errorf("sandbox: %w", errdefs.ErrAlreadyExists)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.undo.Run())
+		}
+	}()
+	if err := b.loadModules(ctx, req.GetKernelModules()); err != nil {
+		return err
+	}
+	for _, dir := range []string{b.cfg.shareDir(), b.cfg.sandboxDir(), b.cfg.stateDir()} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return err
+		}
+	}
+	pins, err := pinNamespaces(req.GetHostname())
+	if err != nil {
+		return err
+	}
+	b.undo.Add(pins.close)
+	for _, storage := range req.GetStorages() {
+		release, err := b.storages.add(ctx, storage, "")
+		if err != nil {
+			return err
+		}
+		b.undo.Add(release)
+	}
+	if err := b.writeDNS(req.GetDns()); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.id, b.pinned = req.GetSandboxId(), pins
+	return nil
+}
+
+func (b *sandbox) loadModules(ctx context.Context, modules []*protocol.KernelModule) error {
+	for _, m := range modules {
+		if b.cfg.LoadModule == nil {
+			return notImplemented("kernel modules")
+		}
+		if err := checkID("kernel module", m.GetName()); err != nil {
+			return err
+		}
+		if err := b.cfg.LoadModule(ctx, m.GetName(), m.GetParameters()); err != nil {
+			return fmt.Errorf("load module %s: %w", m.GetName(), err)
+		}
+	}
+	return nil
+}
+
+// writeDNS makes the guest itself resolve names; containers get files of theirs.
+func (b *sandbox) writeDNS(lines []string) error {
+	if len(lines) == 0 {
+		return nil
+	}
+	const target = "/etc/resolv.conf"
+	path := filepath.Join(b.cfg.sandboxDir(), "resolv.conf")
+	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")+"\n"), 0o644); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	if err := unix.Mount(path, target, "", unix.MS_BIND, ""); err != nil {
+		return &os.PathError{Op: "bind", Path: target, Err: err}
+	}
+	b.undo.Add(func() error { return unix.Unmount(target, unix.MNT_DETACH) })
+	return nil
+}
+
+// add makes an entry for a container that is about to be created.
+func (b *sandbox) add(id string) (*container, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.closing:
+		return nil, precondition("the sandbox is being destroyed")
+	case b.pinned == nil:
+		return nil, precondition("there is no sandbox yet")
+	case b.containers[id] != nil:
+		return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrAlreadyExists)
+	}
+	c := newContainer(b, id)
+	b.containers[id] = c
+	return c, nil
+}
+
+func (b *sandbox) container(id string) (*container, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c := b.containers[id]; c != nil {
+		return c, nil
+	}
+	return nil, notFound("container %q", bound(id, maxID))
+}
+
+func (b *sandbox) forget(c *container) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.containers[c.id] == c {
+		delete(b.containers, c.id)
+	}
+}
+
+func (b *sandbox) all() []*container {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := make([]*container, 0, len(b.containers))
+	for _, c := range b.containers {
+		list = append(list, c)
+	}
+	return list
+}
+
+// namespaces are those of a container: the sandbox's, its own mount and control
+// group namespaces, a pid namespace of its own or the shared one, and user and
+// time namespaces if it wants them.
+func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, sharedPID bool) []specs.LinuxNamespace {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := []specs.LinuxNamespace{
+		{Type: specs.MountNamespace, Path: mnt.path()},
+		{Type: specs.NetworkNamespace, Path: b.pinned.net.path()},
+		{Type: specs.IPCNamespace, Path: b.pinned.ipc.path()},
+		{Type: specs.UTSNamespace, Path: b.pinned.uts.path()},
+		{Type: specs.CgroupNamespace},
+	}
+	pid := specs.LinuxNamespace{Type: specs.PIDNamespace}
+	if sharedPID {
+		pid.Path = b.pidns.path()
+	}
+	list = append(list, pid)
+	if slices.ContainsFunc(want, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
+		list = append(list, specs.LinuxNamespace{Type: specs.UserNamespace})
+	}
+	return list
+}
+
+func pathOf(list []specs.LinuxNamespace, kind specs.LinuxNamespaceType) string {
+	for _, n := range list {
+		if n.Type == kind {
+			return n.Path
+		}
+	}
+	return ""
+}
+
+// sharePID keeps the pid namespace of the first container, for those that want
+// to share it.
+func (b *sandbox) sharePID(p *process) {
+	ns, err := openNamespace(fmt.Sprintf("/proc/%d/ns/pid", p.pid))
+	if err != nil {
+		return // it has died, and its namespace with it
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.pidns != nil {
+		ns.close()
+		return
+	}
+	b.pidns = ns
+}
+
+// DestroySandbox implements the protocol. Serve returns after it.
+func (s *service) DestroySandbox(ctx context.Context, _ *protocol.DestroySandboxRequest) (*emptypb.Empty, error) {
+	if err := s.sandbox.setup.acquire(ctx); err != nil {
+		return nil, err
+	}
+	defer s.sandbox.setup.release()
+	s.sandbox.destroy(ctx)
+	return &emptypb.Empty{}, nil
+}
+
+// destroy ends everything, as far as that is possible in time. The caller holds
+// setup.
+func (b *sandbox) destroy(ctx context.Context) {
+	select {
+	case <-b.destroyed:
+		return
+	default:
+	}
+	b.mu.Lock()
+	b.closing = true
+	b.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
+	defer cancel()
+	var removals sync.WaitGroup
+	for _, c := range b.all() {
+		removals.Go(func() {
+			if err := c.remove(ctx); err != nil && !errdefs.IsNotFound(err) {
+				log.G(ctx).WithError(err).WithField("container_id", c.id).Warn("container not removed")
+			}
+			waitFor(ctx, &c.jobs)
+		})
+	}
+	removals.Wait()
+	if err := b.undo.Run(); err != nil {
+		log.G(ctx).WithError(err).Warn("sandbox not cleaned up")
+	}
+	b.mu.Lock()
+	_ = b.pidns.close()
+	b.pidns = nil
+	b.mu.Unlock()
+	close(b.destroyed)
+}
