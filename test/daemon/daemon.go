@@ -7,7 +7,6 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -56,7 +55,7 @@ func Start(ctx context.Context, cfg Config) (*Daemon, error) {
 	if err := os.WriteFile(d.path("containerd.toml"), d.config(), 0o600); err != nil {
 		return nil, err
 	}
-	return d, d.start(ctx)
+	return d, d.Resume(ctx)
 }
 
 // config is the daemon's; the CRI plugin is off because it is not used and
@@ -73,11 +72,12 @@ disabled_plugins = [%s]
 [grpc]
   address = '%s'
 [debug]
-  level = 'debug'
+  level = 'info'
 `, version, d.path("root"), d.path("state"), cri, d.Address())
 }
 
-func (d *Daemon) start(ctx context.Context) error {
+// Resume starts the daemon again after Stop.
+func (d *Daemon) Resume(ctx context.Context) error {
 	log, err := os.OpenFile(d.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -145,7 +145,7 @@ func (d *Daemon) Restart(ctx context.Context) error {
 	if err := d.Stop(); err != nil {
 		return err
 	}
-	return d.start(ctx)
+	return d.Resume(ctx)
 }
 
 // Stop ends the daemon's process, not its containers.
@@ -172,13 +172,19 @@ func (d *Daemon) Bundle(id string) string {
 }
 
 // Tail returns the last lines of the daemon's log; the shims write there too.
+// What it says of its own start is left out.
 func (d *Daemon) Tail(lines int) string {
 	text, err := os.ReadFile(d.path("log"))
 	if err != nil {
 		return err.Error()
 	}
-	all := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
-	return string(bytes.Join(all[max(0, len(all)-lines):], []byte("\n")))
+	var all []string
+	for line := range strings.Lines(string(text)) {
+		if !strings.Contains(line, "loading plugin") {
+			all = append(all, line)
+		}
+	}
+	return strings.Join(all[max(0, len(all)-lines):], "")
 }
 
 func (d *Daemon) path(name string) string   { return filepath.Join(d.cfg.Dir, name) }

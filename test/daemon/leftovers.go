@@ -15,9 +15,13 @@ import (
 // itself: processes and mounts that name a directory under dir, files in the
 // state directory of the shim, sockets of shims.
 func (d *Daemon) Leftovers(stateDir string, ids ...string) ([]string, error) {
-	found, err := d.processes()
+	processes, err := d.Processes()
 	if err != nil {
 		return nil, err
+	}
+	var found []string
+	for _, p := range processes {
+		found = append(found, fmt.Sprintf("process %d %q", p.PID, p.Args))
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -48,10 +52,16 @@ func (d *Daemon) shimSocket(id string) string {
 	return fmt.Sprintf("/run/containerd/s/%x", sha256.Sum256([]byte(filepath.Join(d.Address(), "default", id))))
 }
 
-// processes finds what was started by the daemon, at whatever remove, by the
-// daemon's directory in environment or arguments. Processes that change their
-// environment can't hide: the kernel shows the one they were started with.
-func (d *Daemon) processes() (found []string, _ error) {
+// A Process was started by the daemon, at whatever remove.
+type Process struct {
+	PID  int
+	Args []string
+}
+
+// Processes finds what the daemon started by its directory in environment or
+// arguments. Processes that change their environment can't hide: the kernel
+// shows the one they were started with.
+func (d *Daemon) Processes() (found []Process, _ error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return nil, err
@@ -61,10 +71,10 @@ func (d *Daemon) processes() (found []string, _ error) {
 		if pid == os.Getpid() || pid == d.cmd.Process.Pid {
 			continue
 		}
-		environ, _ := os.ReadFile(filepath.Join(dir, "environ")) // gone: no leftover
+		environ, _ := os.ReadFile(filepath.Join(dir, "environ")) // gone: not found
 		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 		if bytes.Contains(environ, []byte(d.cfg.Dir+"/")) || bytes.Contains(cmdline, []byte(d.cfg.Dir+"/")) {
-			found = append(found, fmt.Sprintf("process %d %q", pid, bytes.ReplaceAll(bytes.TrimRight(cmdline, "\x00"), []byte{0}, []byte(" "))))
+			found = append(found, Process{pid, strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")})
 		}
 	}
 	return found, nil

@@ -125,7 +125,7 @@ func needMachine(t *test) {
 // id names a container, which clean removes.
 func (t *test) id(suffix string) string {
 	name, _, _ := strings.Cut(strings.TrimPrefix(t.Name(), "TestE2E"), "/")
-	id := strings.ToLower(name) + suffix
+	id := fmt.Sprintf("%s%s-%d", strings.ToLower(name), suffix, os.Getpid()) // runc keeps ids outside of our directories
 	t.ids = append(t.ids, id)
 	return id
 }
@@ -250,7 +250,7 @@ func (t *test) eventually(what string, ok func() bool) {
 			return
 		}
 	}
-	t.Errorf("not within 15 s: %s", what)
+	t.Fatalf("not within 15 s: %s", what)
 }
 
 func (t *test) equal(what string, got, want any) {
