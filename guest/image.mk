@@ -3,7 +3,7 @@
 GUEST_CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmshim
 GUEST_KERNEL ?=
 AGENT_FLAGS   = -trimpath -tags 'netgo osusergo seccomp' \
-	-ldflags '-s -w -X main.version=$(or $(VERSION),devel) -linkmode external -extldflags -static'
+	-ldflags '-s -w -X github.com/vmshim/vmshim/internal/version.Version=$(or $(VERSION),unknown) -linkmode external -extldflags -static'
 
 .PHONY: agent image
 

@@ -3,7 +3,7 @@
 //	/init                   the first process (as process 1)
 //	vmshim-agent agent      the agent, started by the first process
 //	vmshim-agent init       a container's first steps, started by libcontainer
-//	/sbin/modprobe          the kernel's helper, by this name
+//	modprobe                the kernel's helper, by this name
 //	vmshim-agent --version
 package main
 
@@ -20,10 +20,8 @@ import (
 
 	"github.com/vmshim/vmshim/internal/guest/boot"
 	"github.com/vmshim/vmshim/internal/guest/module"
+	"github.com/vmshim/vmshim/internal/version"
 )
-
-// version is set when the binary is linked.
-var version = "devel"
 
 func main() { os.Exit(run(os.Args)) }
 
@@ -36,7 +34,7 @@ func run(args []string) int {
 	case filepath.Base(args[0]) == "modprobe":
 		return module.Modprobe(args[1:])
 	case command == "--version":
-		fmt.Println("vmshim-agent", version)
+		fmt.Println("vmshim-agent", version.Version)
 		return 0
 	case os.Getpid() == 1:
 		boot.Run(logger(context.Background()), "agent")
@@ -44,7 +42,7 @@ func run(args []string) int {
 	case command == "agent":
 		ctx, stop := signal.NotifyContext(logger(context.Background()), unix.SIGTERM)
 		defer stop()
-		if err := serve(ctx); err != nil {
+		if err := serve(ctx); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Error("agent ends")
 			return 1
 		}

@@ -2,10 +2,14 @@ package main
 
 import (
 	"context"
+	"strings"
 
 	"github.com/containerd/log"
 
+	"github.com/vmshim/vmshim/internal/guest"
 	"github.com/vmshim/vmshim/internal/guest/boot"
+	"github.com/vmshim/vmshim/internal/guest/module"
+	"github.com/vmshim/vmshim/internal/version"
 )
 
 // serve runs the agent until the host or the power button ends it.
@@ -14,10 +18,15 @@ func serve(ctx context.Context) error {
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("kernel parameters ignored")
 	}
-	if err := params.Ready.Push(ctx); err != nil {
-		log.G(ctx).WithError(err).Warn("host not told")
-	}
-	log.G(ctx).Info("agent runs")
-	<-ctx.Done()
-	return nil
+	modules := module.New(module.Dir)
+	return guest.Serve(ctx, guest.Config{
+		Version:    version.Version,
+		Addr:       params.Agent.ServerAddr,
+		InitDaemon: true,
+		PipeSize:   params.Agent.ContainerPipeBytes,
+		Ready:      params.Ready.Push,
+		LoadModule: func(_ context.Context, name string, params []string) error {
+			return modules.Load(name, strings.Join(params, " "))
+		},
+	})
 }

@@ -108,7 +108,7 @@ func skeleton() tree {
 	}
 	t.link("var/run", "../run")
 	t.link("init", "usr/bin/vmshim-agent")
-	t.link("usr/sbin/modprobe", "../bin/vmshim-agent")
+	t.link("usr/bin/modprobe", "vmshim-agent")
 	t.char("dev/console", 0o600, 5, 1) // standard output of the first process
 	t.char("dev/null", 0o666, 1, 3)
 	t.file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\n"))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
+	"encoding/binary"
 	"fmt"
 	"maps"
 	"path"
@@ -15,8 +16,9 @@ import (
 
 // A wish is a line of modules.txt.
 type wish struct {
-	pattern        string
-	boot, optional bool
+	list     string // module.BootName, module.NextName or empty
+	pattern  string
+	optional bool
 }
 
 func parseWishes(text string) ([]wish, error) {
@@ -24,11 +26,13 @@ func parseWishes(text string) ([]wish, error) {
 	for n, line := range strings.Split(text, "\n") {
 		line, _, _ = strings.Cut(line, "#")
 		f := strings.Fields(line)
-		w := wish{boot: len(f) == 2 && f[0] == "boot"}
-		if len(f) == 0 {
+		var w wish
+		switch {
+		case len(f) == 0:
 			continue
-		}
-		if len(f) > 1 && !w.boot {
+		case len(f) == 2 && (f[0] == module.BootName || f[0] == module.NextName):
+			w.list = f[0]
+		case len(f) > 1:
 			return nil, fmt.Errorf("modules.txt:%d: %q", n+1, line)
 		}
 		w.pattern, w.optional = strings.CutSuffix(f[len(f)-1], "?")
@@ -132,58 +136,98 @@ func (s *kos) order(ctx context.Context, name string, done []string) ([]string, 
 	return append(done, name), nil
 }
 
-// addModules puts the modules that are wished for, what they need, and the
-// index into the tree.
+// addModules puts the modules that are wished for, what they need, the index
+// and the lists into the tree.
 func addModules(ctx context.Context, t tree, k *kernel, wishes []wish) error {
 	s := newKos(k)
-	builtin := map[string]bool{}
-	for f := range strings.FieldsSeq(string(k.files["usr/lib/modules/"+k.Release+"/modules.builtin"].data)) {
-		builtin[module.Canonical(strings.TrimSuffix(path.Base(f), ".ko"))] = true
-	}
-	var index module.Index
 	var all []string
-	boot := map[string]bool{}
+	lists := map[string][]string{}
 	for _, w := range wishes {
 		names := matching(w.pattern, s.files)
-		if len(names) == 0 && len(matching(w.pattern, builtin)) == 0 && !w.optional {
+		if len(names) == 0 && !w.optional && len(matching(w.pattern, k.builtin())) == 0 {
 			return fmt.Errorf("modules.txt: kernel %s has no %s", k.Release, w.pattern)
 		}
 		for _, name := range names {
+			before := len(all)
 			var err error
 			if all, err = s.order(ctx, name, all); err != nil {
 				return err
 			}
-			if w.boot {
-				index.Boot = append(index.Boot, name)
-				for _, b := range all { // boot lines come first: so far they are all
-					boot[b] = true
-				}
+			if w.list != "" {
+				lists[w.list] = append(lists[w.list], all[before:]...)
 			}
 		}
 	}
-	slices.Sort(all)
+	const dir = "usr" + module.Dir
+	files := map[string]string{} // by name
 	for _, name := range all {
 		m := s.loaded[name]
-		deps, err := s.order(ctx, name, nil)
-		if err != nil {
-			return err
-		}
 		file, data := path.Base(m.file), k.files[m.file].data
-		if boot[name] || !k.has("MODULE_DECOMPRESS") { // at boot, time counts more than memory
+		for _, list := range lists {
+			if slices.Contains(list, name) { // time counts more than memory
+				file, data = name+".ko", unsign(m.plain)
+			}
+		}
+		if !k.has("MODULE_DECOMPRESS") {
 			file, data = name+".ko", m.plain
 		}
-		t.file(path.Join("usr", module.Dir, file), 0o644, data)
-		index.Modules = append(index.Modules, module.Module{Name: name, File: file, Deps: deps[:len(deps)-1]})
-		for _, alias := range m.aliases {
-			index.Aliases = append(index.Aliases, module.Alias{Pattern: alias, Name: name})
+		files[name] = file
+		t.file(path.Join(dir, file), 0o644, data)
+	}
+	for list, names := range lists {
+		var text strings.Builder
+		for _, name := range names {
+			fmt.Fprintln(&text, files[name])
+		}
+		t.file(path.Join(dir, list), 0o644, []byte(text.String()))
+	}
+	index, err := s.index(ctx, all, files)
+	t.file(path.Join(dir, module.IndexName), 0o644, index)
+	return err
+}
+
+// index is the text that tells the guest of the modules.
+func (s *kos) index(ctx context.Context, all []string, files map[string]string) ([]byte, error) {
+	var x module.Index
+	for _, name := range slices.Sorted(slices.Values(all)) {
+		deps, err := s.order(ctx, name, nil)
+		if err != nil {
+			return nil, err
+		}
+		x.Modules = append(x.Modules, module.Module{Name: name, File: files[name], Deps: deps[:len(deps)-1]})
+		for _, alias := range s.loaded[name].aliases {
+			x.Aliases = append(x.Aliases, module.Alias{Pattern: alias, Name: name})
 		}
 	}
 	var text bytes.Buffer
-	if _, err := index.WriteTo(&text); err != nil {
-		return err
+	_, err := x.WriteTo(&text)
+	return text.Bytes(), err
+}
+
+// builtin are the names of what the kernel does not need a module for.
+func (k *kernel) builtin() map[string]bool {
+	names := map[string]bool{}
+	for f := range strings.FieldsSeq(string(k.files["usr/lib/modules/"+k.Release+"/modules.builtin"].data)) {
+		names[module.Canonical(strings.TrimSuffix(path.Base(f), ".ko"))] = true
 	}
-	t.file(path.Join("usr", module.Dir, module.IndexName), 0o644, text.Bytes())
-	return nil
+	return names
+}
+
+// unsign cuts the signature off (struct module_signature and the magic behind
+// it, include/linux/module_signature.h). Checking it takes the guest longer
+// than all else about a module; the image is as good as the kernel in it.
+func unsign(ko []byte) []byte {
+	const magic = "~Module signature appended~\n"
+	const header = 12 // its last 4 bytes are the length of the signature before it
+	rest, ok := bytes.CutSuffix(ko, []byte(magic))
+	if !ok || len(rest) < header {
+		return ko
+	}
+	length := int(binary.BigEndian.Uint32(rest[len(rest)-4:]))
+	if length > len(rest)-header {
+		return ko
+	}
+	return rest[:len(rest)-header-length]
 }
 
 func matching[V any](pattern string, names map[string]V) []string {

@@ -3,11 +3,11 @@
 // when the agent is gone, for whatever reason. In order:
 //
 //  1. leave rootfs, so that containers can pivot_root;
-//  2. mount what the next steps need, load the modules of the index' boot line;
-//  3. mount the rest, hand down cgroup controllers, loopback, limits;
+//  2. mount what the next steps need, load the modules the agent needs;
+//  3. mount the rest, hand down cgroup controllers, set limits;
 //  4. start the agent, with its output going to the console through here;
-//  5. beside it: load drivers for devices that are there or come later, keep
-//     the clock, wait for the power button;
+//  5. beside it: loopback, drivers for devices that are there or come later,
+//     wait for the power button, keep the clock;
 //  6. wait for children until the agent ends, then kill, unmount, power off.
 //
 // Only this process waits for orphans; the agent waits for its own children.
@@ -20,8 +20,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"syscall"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -46,63 +48,95 @@ func Run(ctx context.Context, args ...string) {
 }
 
 func run(ctx context.Context, out io.Writer, args []string) error {
-	trivial, err := isTrivial()
-	if err != nil || trivial {
-		return err
-	}
-	if err := switchRoot(); err != nil {
-		return err
-	}
-	if err := mountAll(early); err != nil {
-		return err
-	}
-	modules, err := module.Open(module.Dir)
+	params, err := readEarly()
 	if err != nil {
 		return err
 	}
-	if err := modules.Boot(); err != nil {
-		log.G(ctx).WithError(err).Warn("modules missing")
-	}
-	if err := mountAll(late); err != nil {
+	if params.Trivial {
+		_, err := io.WriteString(os.Stdout, TrivialLine)
 		return err
 	}
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
-		{"device links", makeLinks},
-		{"cgroup controllers", enableControllers},
-		{"loopback", loopbackUp},
-		{"hostname", func() error { return unix.Sethostname([]byte("localhost")) }},
-		{"sysctls", setSysctls},
-		{"limits", setLimits},
-	} {
-		if err := step.do(); err != nil {
-			log.G(ctx).WithError(err).Warnf("set up %s", step.name)
-		}
+	setLevel(log.G(ctx).Logger, params.Agent.LogLevel)
+	modules := module.New(module.Dir)
+	if err := runSteps(ctx, []step{
+		{"switch root", true, switchRoot},
+		{"first mounts", true, func() error { return mountAll(early) }},
+		{"modules", false, func() error { return modules.LoadList(module.BootName) }},
+		{"mounts", true, func() error { return mountAll(late) }},
+		{"device links", false, makeLinks},
+		{"cgroup controllers", false, enableControllers},
+		{"hostname", false, func() error { return unix.Sethostname([]byte("localhost")) }},
+		{"sysctls", false, setSysctls},
+		{"limits", false, setLimits},
+	}); err != nil {
+		return err
 	}
 	agent, err := start(out, args)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
-	go watchDevices(ctx, modules)
-	go watchPowerButton(ctx, agent)
-	go keepClock(ctx, modules)
+	go afterwards(ctx, modules, agent)
 	return reap(agent)
 }
 
-// isTrivial does all that is wanted of a trivial init, before anything else.
-func isTrivial() (bool, error) {
+// afterwards does what the agent need not wait for, while the processor has
+// nothing else to do: at this time the agent and the host take turns.
+func afterwards(ctx context.Context, modules *module.Loader, agent int) {
+	runtime.LockOSThread()
+	idle(true)
+	if err := modules.LoadList(module.NextName); err != nil {
+		log.G(ctx).WithError(err).Warn("modules missing")
+	}
+	if err := loopbackUp(); err != nil {
+		log.G(ctx).WithError(err).Warn("set up loopback")
+	}
+	devices, err := listenDevices()
+	if err != nil {
+		log.G(ctx).WithError(err).Error("drivers of hot-plugged devices are not loaded")
+	}
+	loadPresent(ctx, modules)
+	button, err := listenButton(modules)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("power button ignored")
+	}
+	idle(false)
+	go button.watch(ctx, agent)
+	go devices.watch(ctx, modules)
+	keepClock(ctx, modules)
+}
+
+// A step of booting. Without the vital ones there is no guest.
+type step struct {
+	name  string
+	vital bool
+	do    func() error
+}
+
+func runSteps(ctx context.Context, steps []step) error {
+	for _, s := range steps {
+		begin := time.Now()
+		err := s.do()
+		switch {
+		case err != nil && s.vital:
+			return fmt.Errorf("%s: %w", s.name, err)
+		case err != nil:
+			log.G(ctx).WithError(err).Warnf("set up %s", s.name)
+		default:
+			log.G(ctx).WithField("took", time.Since(begin)).Debugf("set up %s", s.name)
+		}
+	}
+	return nil
+}
+
+// readEarly reads the parameters before anything else is done: a trivial init
+// is to do nothing else.
+func readEarly() (Params, error) {
 	proc := early[0]
 	if err := proc.mount(); err != nil {
-		return false, err
+		return Params{}, err
 	}
 	params, _ := ReadParams() // the agent tells what is wrong
-	if params.Trivial {
-		_, err := io.WriteString(os.Stdout, TrivialLine)
-		return true, err
-	}
-	return false, unix.Unmount(proc.target, 0)
+	return params, unix.Unmount(proc.target, 0)
 }
 
 // start runs the agent with its output copied to out. The pipe makes a console

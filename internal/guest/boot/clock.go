@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
@@ -22,11 +24,17 @@ const (
 // keepClock follows the host's clock as long as KVM shows it to the guest. A
 // guest without ptp_kvm gets its time from the host (SetGuestDateTime).
 func keepClock(ctx context.Context, modules *module.Loader) {
-	if modules.Load("ptp_kvm", "") != nil {
+	sources, err := os.ReadFile("/sys/devices/system/clocksource/clocksource0/available_clocksource")
+	if err != nil || !strings.Contains(string(sources), "kvm-clock") {
 		return // not KVM
+	}
+	if err := modules.Load("ptp_kvm", ""); err != nil && !errdefs.IsNotFound(err) {
+		log.G(ctx).WithError(err).Warn("clock is not kept")
+		return
 	}
 	ptp, err := os.Open(clockDevice)
 	if err != nil {
+		log.G(ctx).WithError(err).Warn("clock is not kept")
 		return
 	}
 	defer ptp.Close()

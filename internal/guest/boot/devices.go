@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,36 +16,62 @@ import (
 	"github.com/vmshim/vmshim/internal/guest/module"
 )
 
-// watchDevices loads the drivers of the virtio devices that are there, and
-// then of every device the kernel announces.
-func watchDevices(ctx context.Context, modules *module.Loader) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
-	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1})
-	}
+// A netlinkSocket is what the kernel announces things on. Negative means none.
+type netlinkSocket int
+
+const noSocket netlinkSocket = -1
+
+func listenNetlink(protocol int, groups uint32) (netlinkSocket, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
-		log.G(ctx).WithError(err).Error("drivers of hot-plugged devices are not loaded")
-		return
+		return noSocket, fmt.Errorf("netlink: %w", err)
 	}
-	defer unix.Close(fd)
-	// First listen, then look, so that nothing is missed in between.
-	loadPresent(ctx, modules)
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
+		unix.Close(fd)
+		return noSocket, fmt.Errorf("netlink: bind: %w", err)
+	}
+	return netlinkSocket(fd), nil
+}
+
+// receive calls do for every message until the socket fails.
+func (s netlinkSocket) receive(do func(msg []byte)) error {
 	buf := make([]byte, 16<<10) // the kernel's are at most 2 KiB
 	for {
-		n, err := unix.Read(fd, buf)
+		n, err := unix.Read(int(s), buf)
 		switch {
 		case errors.Is(err, unix.EINTR) || errors.Is(err, unix.ENOBUFS): // lost some
 		case err != nil:
-			log.G(ctx).WithError(err).Error("drivers of hot-plugged devices are no longer loaded")
-			return
+			return err
 		default:
-			if alias, ok := addedAlias(buf[:n]); ok {
-				loadDriver(ctx, modules, alias)
-			}
+			do(buf[:n])
 		}
 	}
 }
 
+// uevents is where the kernel announces devices.
+type uevents struct{ netlinkSocket }
+
+// listenDevices comes before a look at the devices that are there, so that
+// nothing is missed in between.
+func listenDevices() (uevents, error) {
+	s, err := listenNetlink(unix.NETLINK_KOBJECT_UEVENT, 1)
+	return uevents{s}, err
+}
+
+// watch loads the drivers of devices as they come.
+func (u uevents) watch(ctx context.Context, modules *module.Loader) {
+	if u.netlinkSocket < 0 {
+		return
+	}
+	err := u.receive(func(msg []byte) {
+		if alias, ok := addedAlias(msg); ok {
+			loadDriver(ctx, modules, alias)
+		}
+	})
+	log.G(ctx).WithError(err).Error("drivers of hot-plugged devices are no longer loaded")
+}
+
+// loadPresent loads the drivers of the virtio devices that are there.
 func loadPresent(ctx context.Context, modules *module.Loader) {
 	files, _ := filepath.Glob("/sys/bus/virtio/devices/*/modalias") // the pattern is right
 	for _, f := range files {

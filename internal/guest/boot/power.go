@@ -8,8 +8,6 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -67,42 +65,4 @@ func unmountAll(ctx context.Context) {
 			_ = unix.Mount("", mounts[i].Mountpoint, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // the next best
 		}
 	}
-}
-
-// watchPowerButton asks the agent to end when the button is pressed (QMP
-// system_powerdown). The driver tells by a netlink family of its own.
-func watchPowerButton(ctx context.Context, agent int) {
-	family, err := netlink.GenlFamilyGet("acpi_event")
-	if err != nil || len(family.Groups) == 0 {
-		return // no ACPI
-	}
-	s, err := nl.Subscribe(unix.NETLINK_GENERIC)
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("power button ignored")
-		return
-	}
-	defer s.Close()
-	if err := unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, int(family.Groups[0].ID)); err != nil {
-		log.G(ctx).WithError(err).Warn("power button ignored")
-		return
-	}
-	for {
-		msgs, _, err := s.Receive()
-		if err != nil {
-			log.G(ctx).WithError(err).Warn("power button ignored from now on")
-			return
-		}
-		for _, m := range msgs {
-			if isPowerButton(m.Data) {
-				log.G(ctx).Info("power button pressed")
-				_ = unix.Kill(agent, unix.SIGTERM) // ESRCH: it ends already
-			}
-		}
-	}
-}
-
-// isPowerButton looks for the class of device in an acpi_genl_event
-// (drivers/acpi/event.c), which begins with a string of 20 bytes.
-func isPowerButton(data []byte) bool {
-	return strings.Contains(string(data), "button/power")
 }

@@ -2,12 +2,13 @@
 // written when the image is made, so that nothing is scanned or sorted at
 // boot. The index is a text file, one fact per line:
 //
-//	boot NAME…                the modules to load before anything else, in order
 //	module NAME FILE NAME…    a module, its file, all that must be loaded before it, in order
 //	alias PATTERN NAME        who serves a device or a protocol
 //
 // FILE is relative to the directory of the index. Patterns are those of
-// modules.alias (globs).
+// modules.alias (globs). Beside it, two files list the modules that are loaded
+// always, one file name per line, in order: "boot" before the agent starts,
+// "next" beside it.
 package module
 
 import (
@@ -24,8 +25,12 @@ import (
 // Dir is where the image has its modules.
 const Dir = "/lib/modules"
 
-// IndexName is the name of the index in Dir.
-const IndexName = "index"
+// Names of files in Dir.
+const (
+	IndexName = "index"
+	BootName  = "boot"
+	NextName  = "next"
+)
 
 // A Module is one file and what it needs.
 type Module struct {
@@ -39,7 +44,6 @@ type Alias struct{ Pattern, Name string }
 
 // An Index knows the modules of the image.
 type Index struct {
-	Boot    []string
 	Modules []Module
 	Aliases []Alias
 }
@@ -56,8 +60,6 @@ func Parse(r io.Reader) (*Index, error) {
 		f := strings.Fields(s.Text())
 		switch {
 		case len(f) == 0:
-		case f[0] == "boot":
-			x.Boot = append(x.Boot, f[1:]...)
 		case f[0] == "module" && len(f) >= 3:
 			x.Modules = append(x.Modules, Module{Name: f[1], File: f[2], Deps: f[3:]})
 		case f[0] == "alias" && len(f) == 3:
@@ -72,7 +74,6 @@ func Parse(r io.Reader) (*Index, error) {
 // WriteTo writes the index in the form that Parse reads.
 func (x *Index) WriteTo(w io.Writer) (int64, error) {
 	var b strings.Builder
-	fmt.Fprintln(&b, "boot", strings.Join(x.Boot, " "))
 	for _, m := range x.Modules {
 		fmt.Fprintln(&b, strings.Join(append([]string{"module", m.Name, m.File}, m.Deps...), " "))
 	}

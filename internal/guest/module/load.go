@@ -6,22 +6,36 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// A Loader loads the modules of one directory.
+// A Loader loads the modules of one directory. It may be used by several
+// goroutines.
 type Loader struct {
 	dir   string
-	index *Index
+	index func() (*Index, error)
+
+	mu     sync.Mutex
+	loaded map[string]bool // guarded by mu: file names
 }
 
-// Open reads the index in dir. A kernel without modules has none: then every
-// name is unknown to the loader.
-func Open(dir string) (*Loader, error) {
+// New makes a loader for the modules in dir. The index is read when a module is
+// asked for by name for the first time. A kernel without modules has none: then
+// every name is unknown.
+func New(dir string) *Loader {
+	return &Loader{
+		dir:    dir,
+		index:  sync.OnceValues(func() (*Index, error) { return read(dir) }),
+		loaded: map[string]bool{},
+	}
+}
+
+func read(dir string) (*Index, error) {
 	f, err := os.Open(filepath.Join(dir, IndexName))
 	if errors.Is(err, os.ErrNotExist) {
-		return &Loader{dir: dir, index: &Index{}}, nil
+		return &Index{}, nil
 	}
 	if err != nil {
 		return nil, err
@@ -31,14 +45,19 @@ func Open(dir string) (*Loader, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.Name(), err)
 	}
-	return &Loader{dir: dir, index: index}, nil
+	return index, nil
 }
 
-// Boot loads what the index wants at boot.
-func (l *Loader) Boot() error {
+// LoadList loads the files that a file in the directory lists, BootName or
+// NextName, as far as it can.
+func (l *Loader) LoadList(name string) error {
+	list, err := os.ReadFile(filepath.Join(l.dir, name))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	var errs []error
-	for _, name := range l.index.Boot {
-		errs = append(errs, l.Load(name, ""))
+	for file := range strings.FieldsSeq(string(list)) {
+		errs = append(errs, l.insert(file, ""))
 	}
 	return errors.Join(errs...)
 }
@@ -46,55 +65,69 @@ func (l *Loader) Boot() error {
 // Load loads what has the name or alias, after all it needs. Options are the
 // module's, as on modprobe's command line. What is already there is no error.
 func (l *Loader) Load(name, options string) error {
-	found, err := l.index.Lookup(name)
+	index, err := l.index()
+	if err != nil {
+		return err
+	}
+	found, err := index.Lookup(name)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, m := range found {
-		errs = append(errs, l.load(m, options))
+		if err := l.load(index, m, options); err != nil {
+			errs = append(errs, fmt.Errorf("load module %s: %w", m.Name, err))
+		}
 	}
 	return errors.Join(errs...)
 }
 
-func (l *Loader) load(m Module, options string) error {
+func (l *Loader) load(index *Index, m Module, options string) error {
 	for _, dep := range m.Deps {
-		if d, ok := l.index.module(dep); ok {
-			if err := l.insert(d, ""); err != nil {
-				return fmt.Errorf("load module %s: %w", m.Name, err)
+		if d, ok := index.module(dep); ok {
+			if err := l.insert(d.File, ""); err != nil {
+				return err
 			}
 		}
 	}
-	if err := l.insert(m, options); err != nil {
-		return fmt.Errorf("load module %s: %w", m.Name, err)
-	}
-	return nil
+	return l.insert(m.File, options)
 }
 
-func (l *Loader) insert(m Module, options string) error {
-	f, err := os.Open(filepath.Join(l.dir, m.File))
+func (l *Loader) insert(file, options string) error {
+	if l.has(file) {
+		return nil
+	}
+	f, err := os.Open(filepath.Join(l.dir, file))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	flags := 0
-	if !strings.HasSuffix(m.File, ".ko") {
+	if !strings.HasSuffix(file, ".ko") {
 		flags = unix.MODULE_INIT_COMPRESSED_FILE // the kernel decompresses what it compressed
 	}
 	err = unix.FinitModule(int(f.Fd()), options, flags)
 	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("insert %s: %w", m.File, err)
+		return fmt.Errorf("insert %s: %w", file, err)
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.loaded[file] = true
 	return nil
+}
+
+// has spares the kernel from reading a module only to find that it is there.
+// Nobody unloads modules.
+func (l *Loader) has(file string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.loaded[file]
 }
 
 // Modprobe is the program that the kernel runs (kernel.modprobe) to get a
 // module it misses: modprobe -q -- NAME. It returns the exit status.
 func Modprobe(args []string) int {
-	l, err := Open(Dir)
-	if err != nil {
-		return 1
-	}
+	l := New(Dir)
 	code := 0
 	for _, name := range args {
 		if strings.HasPrefix(name, "-") {
