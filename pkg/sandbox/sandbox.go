@@ -3,22 +3,41 @@
 // specification into the guest's, keeps one versioned state file that a later
 // process can clean up from, and runs the hooks that belong on the host. It
 // speaks neither containerd's types nor QEMU's.
+//
+// The life of a sandbox:
+//
+//   - Start makes the directory, the state file, the control group and the
+//     share, boots the machine and creates the sandbox in the guest.
+//   - CreateContainer may run beside it. It mounts, starts the anchor (the task
+//     process) and runs hooks on the host, waits for the guest, and creates the
+//     container there.
+//   - The machine's end, seen by one goroutine, ends every process with it.
+//   - Stop undoes all of it. Reap does the same for a sandbox whose process is
+//     gone.
+//
+// Every goroutine belongs to a Sandbox and is joined by Stop, or by a Start
+// that fails; the anchors' by their containers' removal. Locks guard fields
+// only: nothing is called, read or waited for under one, so that Kill, Status
+// and Pids never wait for a boot, an exec or a guest that hangs.
 package sandbox
 
 import (
 	"context"
-	"io"
+	"crypto/sha256"
+	"fmt"
+	"maps"
 	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/agent"
-	"github.com/vmshim/vmshim/pkg/agent/protocol"
-	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
-	"github.com/vmshim/vmshim/pkg/storage"
 )
 
 // Machine is what a sandbox needs of a running machine; *qemu.VM satisfies it.
@@ -57,6 +76,23 @@ type Config struct {
 	HookTimeout time.Duration
 }
 
+func (c Config) withDefaults() Config {
+	for _, d := range []struct {
+		of  *time.Duration
+		def time.Duration
+	}{
+		{&c.StartTimeout, time.Minute},
+		{&c.StopTimeout, 10 * time.Second},
+		{&c.RequestTimeout, time.Minute},
+		{&c.HookTimeout, 30 * time.Second},
+	} {
+		if *d.of <= 0 {
+			*d.of = d.def
+		}
+	}
+	return c
+}
+
 // Options make a Sandbox.
 type Options struct {
 	ID        string
@@ -66,189 +102,185 @@ type Options struct {
 	Config    Config
 	StartVM   func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
 	// OnOOM is called when the guest's kernel killed a process of a container,
-	// always before the Done of a process that this ended. It must not block.
+	// always before the Done of a process that this ended, and once for each
+	// container. It must not block.
 	OnOOM func(containerID string)
+	// Began is when the work for this sandbox began, for the time line. Zero: now.
+	Began time.Time
 }
 
 // A Sandbox is one machine and its containers.
-type Sandbox struct{}
+type Sandbox struct {
+	opts  Options
+	state *store
+
+	prepared chan struct{} // closed when the host's part is there: Dir, share
+	up       chan struct{} // closed when the guest has the sandbox
+	gone     chan struct{} // closed when the machine is gone, or will never be
+	stopped  chan struct{} // closed when Stop is through
+
+	boots sync.WaitGroup // Start
+	tasks sync.WaitGroup // calls of CreateContainer
+	jobs  sync.WaitGroup // goroutines
+
+	ending sync.Once // closes gone
+
+	// Written before up is closed.
+	cgroup  *hostCgroup // nil: none
+	machine Machine
+	agent   guest
+	undo    *cleanup.Stack // of Start, for Stop
+
+	mu         sync.Mutex
+	starting   bool                  // guarded by mu: Start was called
+	stopping   bool                  // guarded by mu: Stop was called
+	ended      error                 // guarded by mu: why no call can be served any more
+	calls      map[*call]struct{}    // guarded by mu: what ends when the sandbox does
+	containers map[string]*Container // guarded by mu; nil while being created
+	aborted    error                 // guarded by mu: why the machine was killed
+	err        error                 // guarded by mu: of Err
+}
+
+// guest is what a sandbox asks of its agent.
+type guest interface {
+	agent.Lifecycle
+	agent.Containers
+	agent.Processes
+	SetGuestDateTime(ctx context.Context, now time.Time) error
+}
 
 // New allocates; nothing runs yet.
-func New(opts Options) (*Sandbox, error) { return nil, errdefs.ErrNotImplemented }
+func New(opts Options) (*Sandbox, error) {
+	for what, ok := range map[string]bool{
+		"id":        opts.ID != "",
+		"directory": filepath.IsAbs(opts.Dir),
+		"StartVM":   opts.StartVM != nil,
+	} {
+		if !ok {
+			return nil, fmt.Errorf("new sandbox %q: bad %s: %w", opts.ID, what, errdefs.ErrInvalidArgument)
+		}
+	}
+	if opts.OnOOM == nil {
+		opts.OnOOM = func(string) {}
+	}
+	if opts.Began.IsZero() {
+		opts.Began = time.Now()
+	}
+	opts.Config = opts.Config.withDefaults()
+	return &Sandbox{
+		opts:       opts,
+		state:      newStore(opts),
+		prepared:   make(chan struct{}),
+		up:         make(chan struct{}),
+		gone:       make(chan struct{}),
+		stopped:    make(chan struct{}),
+		calls:      map[*call]struct{}{},
+		containers: map[string]*Container{},
+	}, nil
+}
 
 // Dir is where a sandbox keeps its state: root/<16 hex digits>, derived from
 // the daemon's address, the namespace and the id.
-func Dir(root, address, namespace, id string) string { return "" }
-
-// Start boots the machine for a sandbox whose first container has the given
-// spec (annotations, netns, cgroup path, sizes are taken from it), and creates
-// the sandbox in the guest. On error or cancel nothing is left.
-func (s *Sandbox) Start(ctx context.Context, spec *specs.Spec) error {
-	return errdefs.ErrNotImplemented
-}
-
-// CreateContainer makes a container, its task process on the host and its
-// streams. It may be called while Start runs: host work goes on beside the
-// boot. On error or cancel nothing of the container is left.
-func (s *Sandbox) CreateContainer(ctx context.Context, cfg ContainerConfig) (*Container, error) {
-	return nil, errdefs.ErrNotImplemented
+func Dir(root, address, namespace, id string) string {
+	sum := sha256.Sum256([]byte(strings.Join([]string{address, namespace, id}, "\x00")))
+	return filepath.Join(root, fmt.Sprintf("%x", sum[:8]))
 }
 
 // Container finds a container; ErrNotFound.
-func (s *Sandbox) Container(id string) (*Container, error) { return nil, errdefs.ErrNotFound }
+func (s *Sandbox) Container(id string) (*Container, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := s.containers[id]; c != nil {
+		return c, nil
+	}
+	return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrNotFound)
+}
 
 // Containers lists the ids, sorted.
-func (s *Sandbox) Containers() []string { return nil }
+func (s *Sandbox) Containers() []string {
+	var ids []string
+	for _, c := range s.created() {
+		ids = append(ids, c.id)
+	}
+	return slices.Sorted(slices.Values(ids))
+}
 
-// Stop removes every container, powers the machine off, and removes every
-// trace from the host. Idempotent.
-func (s *Sandbox) Stop(ctx context.Context) error { return nil }
+// created are the containers that were created.
+func (s *Sandbox) created() []*Container {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Collect(maps.Values(s.containers)), func(c *Container) bool { return c == nil })
+}
 
 // Done is closed when the machine is gone, for whatever reason.
-func (s *Sandbox) Done() <-chan struct{} { return nil }
+func (s *Sandbox) Done() <-chan struct{} { return s.gone }
 
 // Err says why the machine is gone; nil after Stop.
-func (s *Sandbox) Err() error { return nil }
-
-// ContainerConfig is what Create needs.
-type ContainerConfig struct {
-	ID      string
-	Bundle  string
-	Spec    *specs.Spec // the host's; not changed
-	Rootfs  []storage.Mount
-	Streams agent.StreamSet
-	// Terminal overrides spec.process.terminal, as containerd's request does.
-	Terminal bool
+func (s *Sandbox) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
 }
 
-// ExecConfig is what Exec needs.
-type ExecConfig struct {
-	ID       string
-	Process  *specs.Process
-	Streams  agent.StreamSet
-	Terminal bool
+// Mark adds a point to the time line that only the caller knows of.
+func (s *Sandbox) Mark(ctx context.Context, phase string, at time.Time) {
+	s.state.mark(ctx, phase, at)
 }
 
-// Status is a state of containers and processes.
-type Status string
+// path is a file in the sandbox's directory.
+func (s *Sandbox) path(name string) string { return filepath.Join(s.opts.Dir, name) }
 
-// The states; see the table in status.go for the ways between them.
-const (
-	Created Status = "created"
-	Running Status = "running"
-	Paused  Status = "paused"
-	Stopped Status = "stopped"
-)
+// share is what the guest may mount.
+func (s *Sandbox) share() string { return s.path("share") }
 
-// A Container is one container of a sandbox.
-type Container struct{}
+// A call is something that must end when the sandbox does.
+type call struct{ cancel context.CancelCauseFunc }
 
-// ID is the container's id.
-func (c *Container) ID() string { return "" }
-
-// Bundle is the directory containerd gave.
-func (c *Container) Bundle() string { return "" }
-
-// PID is the task pid: a process of the host in the container's network
-// namespace, rooted in its root file system.
-func (c *Container) PID() int { return 0 }
-
-// Status never asks the guest.
-func (c *Container) Status() Status { return "" }
-
-// Init is the first process.
-func (c *Container) Init() *Process { return nil }
-
-// Process finds an exec'd process, or Init for the empty id; ErrNotFound.
-func (c *Container) Process(execID string) (*Process, error) { return nil, errdefs.ErrNotFound }
-
-// Start runs the first process and the poststart hooks.
-func (c *Container) Start(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// Exec registers a process; Process.Start starts it. ErrAlreadyExists,
-// ErrFailedPrecondition when the container does not run.
-func (c *Container) Exec(ctx context.Context, cfg ExecConfig) (*Process, error) {
-	return nil, errdefs.ErrNotImplemented
+// enter begins a call, counted by wg: its context ends with the sandbox. The
+// caller calls leave.
+func (s *Sandbox) enter(ctx context.Context, wg *sync.WaitGroup) (_ context.Context, leave func(), err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	c := &call{cancel}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended != nil {
+		cancel(s.ended)
+		return nil, nil, s.ended
+	}
+	s.calls[c] = struct{}{}
+	wg.Add(1)
+	return ctx, func() {
+		s.mu.Lock()
+		delete(s.calls, c)
+		s.mu.Unlock()
+		cancel(nil)
+		wg.Done()
+	}, nil
 }
 
-// Kill delivers a signal to the first process, or to all. It waits for no
-// other call. ErrNotFound after exit.
-func (c *Container) Kill(ctx context.Context, signal uint32, all bool) error {
-	return errdefs.ErrNotImplemented
+// end makes calls fail with cause, those that run and later ones. The first
+// cause stays.
+func (s *Sandbox) end(cause error) {
+	s.mu.Lock()
+	if s.ended == nil {
+		s.ended = cause
+	}
+	cause = s.ended
+	calls := slices.Collect(maps.Keys(s.calls))
+	s.mu.Unlock()
+	for _, c := range calls {
+		c.cancel(cause)
+	}
 }
 
-// Pause freezes the container.
-func (c *Container) Pause(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// Resume thaws it.
-func (c *Container) Resume(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// Update changes the resources of a container that was created.
-func (c *Container) Update(ctx context.Context, resources *specs.LinuxResources) error {
-	return errdefs.ErrNotImplemented
+// alive fails when the sandbox can't serve any more.
+func (s *Sandbox) alive() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ended
 }
 
-// Stats asks the guest; after exit it is the last snapshot, taken when the
-// container ended.
-func (c *Container) Stats(ctx context.Context) (*protocol.StatsContainerResponse, error) {
-	return nil, errdefs.ErrNotImplemented
+// within bounds a cleanup: it goes on after the end of ctx, but not for ever.
+func within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), d)
 }
-
-// Pids lists the guest's processes. It answers within a second whatever the
-// guest does, and is never empty nor an error before exit: the last known
-// list, or the task pid, stands in.
-func (c *Container) Pids(ctx context.Context) ([]*extension.ProcessInfo, error) {
-	return nil, errdefs.ErrNotImplemented
-}
-
-// Delete removes a container that is stopped or was never started: in the
-// guest, on the host, poststop hooks. Running: ErrFailedPrecondition. On a
-// sandbox whose machine is gone it succeeds.
-func (c *Container) Delete(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// A Process is the first process of a container or an exec'd one.
-type Process struct{}
-
-// ExecID is empty for the first process.
-func (p *Process) ExecID() string { return "" }
-
-// Status never asks the guest.
-func (p *Process) Status() Status { return "" }
-
-// Start runs an exec'd process.
-func (p *Process) Start(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// Kill delivers a signal to this process. ErrNotFound after exit.
-func (p *Process) Kill(ctx context.Context, signal uint32) error { return errdefs.ErrNotImplemented }
-
-// Resize sets the terminal's size.
-func (p *Process) Resize(ctx context.Context, rows, columns uint32) error {
-	return errdefs.ErrNotImplemented
-}
-
-// Stdin is nil when it was not asked for. Its Close is the end of input.
-func (p *Process) Stdin() io.WriteCloser { return nil }
-
-// Stdout ends with io.EOF when everything was read. Valid after
-// CreateContainer for the first process and after Start for an exec'd one.
-func (p *Process) Stdout() io.Reader { return nil }
-
-// Stderr is as Stdout.
-func (p *Process) Stderr() io.Reader { return nil }
-
-// Done is closed when the process has ended, or the machine has.
-func (p *Process) Done() <-chan struct{} { return nil }
-
-// Exit says how. Valid after Done; a process that ended with its machine has
-// code 137.
-func (p *Process) Exit() agent.ExitStatus { return agent.ExitStatus{} }
-
-// Delete forgets an exec'd process that is stopped or was never started.
-func (p *Process) Delete(ctx context.Context) error { return errdefs.ErrNotImplemented }
-
-// Reap cleans up after a sandbox whose shim is gone: it reads the state file
-// in dir, kills every process named there by pid and start time and every
-// other one that carries the sandbox's mark in its environment, removes
-// mounts, cgroups, namespaces and files. It never calls the agent. A dir that
-// does not exist is success.
-func Reap(ctx context.Context, dir string) error { return errdefs.ErrNotImplemented }

@@ -48,6 +48,9 @@ type Plan struct {
 	Warnings []string // what the container gets otherwise than it asked for
 }
 
+// HostRoot is the root file system on the host.
+func (p *Plan) HostRoot() string { return filepath.Join(p.Dir, rootName) }
+
 // A HostMount is something mounted at a name in Plan.Dir.
 type HostMount struct {
 	Name   string

@@ -1,0 +1,5 @@
+package sandbox
+
+import "google.golang.org/protobuf/proto"
+
+type protoMessage = proto.Message
