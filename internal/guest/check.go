@@ -41,6 +41,7 @@ func checkPath(what, path string) error {
 
 // below returns path relative to dir, which must contain it and not be it.
 func below(what, dir, path string) (string, error) {
+	path = strings.TrimSuffix(path, "/") // Kata's own shim ends mount points with one
 	if err := checkPath(what, path); err != nil {
 		return "", err
 	}

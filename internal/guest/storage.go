@@ -60,7 +60,7 @@ func (s *storages) add(ctx context.Context, storage *protocol.Storage, container
 	if err != nil {
 		return nil, err
 	}
-	entry, first := s.claim(storage.GetMountPoint())
+	entry, first := s.claim(rel)
 	if first {
 		entry.undo, entry.err = mount(ctx, &mountRequest{Storage: storage, root: s.cfg.Root, rel: rel, containerID: containerID})
 		if entry.err == nil {
@@ -68,7 +68,7 @@ func (s *storages) add(ctx context.Context, storage *protocol.Storage, container
 		}
 		close(entry.ready)
 	}
-	release = func() error { return s.release(storage.GetMountPoint(), entry) }
+	release = func() error { return s.release(rel, entry) }
 	select {
 	case <-entry.ready:
 	case <-ctx.Done():
