@@ -1,11 +1,30 @@
 // Package qemu makes a running machine of a hypervisor.Spec.
+//
+//   - Probe looks at the host: QEMU, accelerator, vsock, virtiofsd.
+//   - Start runs the helpers that the machine needs, then QEMU, and returns
+//     when QEMU answers on QMP; the guest is booting then.
+//   - Ready, Dial, Console are the way into the guest.
+//   - A machine ends by itself, by Shutdown or by Kill. The first of its
+//     processes to end takes the others down; when all of them are reaped and
+//     everything is removed, Done is closed and Err says why.
+//
+// The VM owns its processes (through pidfds), one QMP connection, the console
+// and its files in the sandbox's directory, and joins its goroutines before
+// Done. QEMU and vhost-device-vsock run as a user of their own without any
+// right to the host: everything they use is handed over by descriptor.
+//
+// Arguments (args.go, params.go, helpers.go) are functions of plain values.
 package qemu
 
 import (
-	"context"
-	"net"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
 
-	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
@@ -21,24 +40,67 @@ type Config struct {
 	Virtiofsd        string // virtiofsd's binary; empty: the places where distributions put it
 	VirtiofsdCache   string // "auto", "always", "never"
 	UIDBase          uint32 // QEMU runs as UIDBase + the pid of its parent; 0: as the caller
+	// CacheDir is where Probe keeps what binaries say of themselves, for the
+	// next process: the root of the state. Empty: nowhere.
+	CacheDir string
 }
 
-// Host is what was found on this machine.
-type Host struct {
-	Arch             string
-	QEMU             string // path
-	Version          string // "7.2.22"
-	Machine          string // versioned machine type
-	Accelerator      string // "kvm" or "tcg"
-	Vsock            string // "kernel" or "vhost-user"
-	VhostDeviceVsock string
-	Virtiofsd        string
-	VirtiofsdDialect string   // "c" or "rust"
-	Warnings         []string // what was chosen for want of better, and what it costs
+// Validate reports every fault at once.
+func (c Config) Validate() error {
+	var errs []error
+	for _, choice := range []struct {
+		name, value string
+		of          []string
+	}{
+		{"accelerator", c.Accelerator, []string{"", "auto", KVM, TCG}},
+		{"vsock", c.Vsock, []string{"", "auto", VsockKernel, VsockVhostUser}},
+		{"virtiofsd cache", c.VirtiofsdCache, []string{"", "auto", "always", "never"}},
+	} {
+		if !slices.Contains(choice.of, choice.value) {
+			errs = append(errs, fmt.Errorf("qemu: %s %q is not one of %q", choice.name, choice.value, choice.of[1:]))
+		}
+	}
+	return errors.Join(errs...)
 }
 
-// Probe looks at the host and decides.
-func Probe(ctx context.Context, cfg Config) (*Host, error) { return nil, errdefs.ErrNotImplemented }
+// unprivileged says whether QEMU runs as a user of its own.
+func (c Config) unprivileged() bool { return c.UIDBase != 0 && os.Geteuid() == 0 }
+
+// user is who QEMU runs as; nil is the caller. Pids are unique, so the sum is.
+func (c Config) user(accelerator string) (*syscall.Credential, error) {
+	if !c.unprivileged() {
+		return nil, nil
+	}
+	id := c.UIDBase + uint32(os.Getpid())
+	user := &syscall.Credential{Uid: id, Gid: id}
+	if accelerator == KVM {
+		// QEMU opens the device by name.
+		group, err := deviceGroup("/dev/kvm")
+		if err != nil {
+			return nil, err
+		}
+		if group != 0 {
+			user.Groups = []uint32{group}
+		}
+	}
+	return user, nil
+}
+
+// deviceGroup is the group that makes a device usable for somebody who is
+// nobody; 0 when none is needed.
+func deviceGroup(path string) (uint32, error) {
+	var stat unix.Stat_t
+	if err := unix.Stat(path, &stat); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	switch {
+	case stat.Mode&0o006 == 0o006:
+		return 0, nil
+	case stat.Mode&0o060 == 0o060 && stat.Gid != 0:
+		return stat.Gid, nil
+	}
+	return 0, fmt.Errorf("%s is for root only: give it a group (chgrp kvm %s; chmod 660 %s)", path, path, path)
+}
 
 // Options are what Start needs besides the description of the machine.
 type Options struct {
@@ -54,45 +116,32 @@ type Options struct {
 	// CgroupFD, when positive, is the directory of a version 2 control group
 	// that every process is born in.
 	CgroupFD int
+	// Spawn, when set, is called for each process and must call start once. It
+	// may prepare the calling thread (locked to its goroutine) for what a
+	// process inherits from the thread that makes it: control groups of
+	// version 1, security labels.
+	Spawn func(start func() error) error
+
+	extra []string // further arguments for QEMU, from tests
 }
 
-// A VM is a running machine: QEMU and its helpers, owned by this process.
-type VM struct{}
-
-// Start runs the machine. It returns when QEMU answers on QMP and the vCPUs
-// run; the guest is then booting.
-func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error) {
-	return nil, errdefs.ErrNotImplemented
+func (o Options) validate(spec hypervisor.Spec) error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	errs = append(errs, spec.Validate(), o.Config.Validate())
+	if o.Host == nil {
+		bad("host was not probed")
+	} else if spec.Arch != o.Host.Arch {
+		bad("architecture %s on a host of %s", spec.Arch, o.Host.Arch)
+	}
+	if !filepath.IsAbs(o.Dir) {
+		bad("directory %q is not absolute", o.Dir)
+	}
+	if n := len(spec.Shares); n > maxShares {
+		bad("%d shares, more than %d", n, maxShares)
+	}
+	if n := len(spec.Disks); n > maxDisks {
+		bad("%d disks at boot, more than %d", n, maxDisks)
+	}
+	return errors.Join(errs...)
 }
-
-// Ready is closed when the guest's agent said that it serves.
-func (vm *VM) Ready() <-chan struct{} { return nil }
-
-// Dial opens a stream to a port of the guest.
-func (vm *VM) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	return nil, errdefs.ErrNotImplemented
-}
-
-// AgentURL names a port of the guest for another process: vsock://… or hvsock://….
-func (vm *VM) AgentURL(port uint32) string { return "" }
-
-// Done is closed when the machine is gone: QEMU or a helper that it cannot do
-// without has ended, and the rest was killed and reaped.
-func (vm *VM) Done() <-chan struct{} { return nil }
-
-// Err says why the machine is gone, with the tail of the console and of
-// QEMU's stderr; nil after Shutdown. Valid after Done.
-func (vm *VM) Err() error { return nil }
-
-// Shutdown waits for the guest to power off by itself (the agent was told so),
-// asks by ACPI when it does not within half of the context's time, and kills in the end.
-func (vm *VM) Shutdown(ctx context.Context) error { return nil }
-
-// Kill ends every process of the machine and returns when they are reaped.
-func (vm *VM) Kill() error { return nil }
-
-// Console returns the last lines of the guest's console, quoted for a log.
-func (vm *VM) Console() string { return "" }
-
-// Processes lists the host processes of the machine.
-func (vm *VM) Processes() []hypervisor.Process { return nil }

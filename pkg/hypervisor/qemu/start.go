@@ -1,0 +1,229 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/vmshim/vmshim/internal/cleanup"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp"
+	"github.com/vmshim/vmshim/pkg/vsock"
+)
+
+// qmpSocket is the name of QEMU's QMP socket in the sandbox's directory. QEMU
+// holds it listening, so that a later process can connect after this one.
+const qmpSocket = "qmp"
+
+// Start runs the machine. It returns when QEMU answers on QMP and the vCPUs
+// run; the guest is then booting. On error or cancel nothing is left, and the
+// error has what QEMU and its helpers said.
+func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error) {
+	if err := opts.validate(spec); err != nil {
+		return nil, fmt.Errorf("start machine: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	user, err := opts.Config.user(opts.Host.Accelerator)
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
+	vm := &VM{
+		spec: spec, opts: opts, user: user,
+		launcher: launcher{
+			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
+			cgroupFD: opts.CgroupFD, spawn: opts.Spawn, started: opts.Started,
+		},
+		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
+	}
+	if err := vm.boot(ctx); err != nil {
+		vm.fail("start: " + err.Error())
+		vm.bury()
+		return nil, fmt.Errorf("start machine: %w", vm.startError(ctx, err))
+	}
+	go vm.bury() // it closes Done
+	return vm, nil
+}
+
+// startError prefers the cause over what it broke: a process that ended over
+// the connection that ended with it.
+func (vm *VM) startError(ctx context.Context, err error) error {
+	vm.mu.Lock()
+	exit := vm.exitErrorLocked()
+	vm.mu.Unlock()
+	switch {
+	case errors.Is(err, errGone):
+		return exit
+	case ctx.Err() != nil && len(exit.Output) > 0:
+		return fmt.Errorf("%w; output: %s", err, strings.Join(exit.Output, " | "))
+	}
+	return err
+}
+
+// boot takes the steps of Start. What it acquires for QEMU is closed here,
+// what it acquires for the machine by bury.
+func (vm *VM) boot(ctx context.Context) error {
+	ctx, cancel := vm.bound(ctx)
+	defer cancel()
+	var files cleanup.Stack // the parent's copies
+	defer files.Run()       //nolint:errcheck // closing what was only handed over
+	qemu := command{role: roleQEMU, path: vm.opts.Host.QEMU, user: vm.user, flags: isolation()}
+	give := func(f *os.File) int {
+		files.Add(f.Close)
+		return qemu.files.add(f)
+	}
+
+	var fd descriptors
+	if err := vm.openImages(&fd, give); err != nil {
+		return err
+	}
+	if err := vm.openShares(&fd, give); err != nil {
+		return err
+	}
+	if err := vm.openVsock(ctx, &fd, give); err != nil { // waits, beside virtiofsd's start
+		return err
+	}
+	console, far, err := newConsole(log.G(ctx))
+	if err != nil {
+		return fmt.Errorf("console: %w", err)
+	}
+	vm.console = console
+	fd.Console = give(far)
+
+	listener, conn, err := vm.openQMP()
+	if err != nil {
+		return err
+	}
+	fd.QMP = give(listener)
+	qemu.args = arguments(vm.spec, vm.opts.Config, *vm.opts.Host, vm.cid, vm.doorbell.param(), fd)
+	qemu.args = append(qemu.args, vm.opts.extra...)
+	vm.cmdline = append([]string{qemu.path}, qemu.args...)
+	if err := vm.start(qemu); err != nil {
+		conn.Close()
+		return err
+	}
+	// From here on QEMU alone holds the listener: when it dies, the connection
+	// ends, accepted or not.
+	if err := files.Run(); err != nil {
+		conn.Close()
+		return err
+	}
+	if vm.qmp, err = qmp.Connect(ctx, conn, vm.event); err != nil {
+		return vm.orGone(ctx, err)
+	}
+	vm.watchers.Go(vm.watchQMP)
+	return nil
+}
+
+// dyingTimeout is how long a QEMU that broke its connection may take to end.
+const dyingTimeout = 2 * time.Second
+
+// orGone waits a moment for the end of a process that would explain the error.
+func (vm *VM) orGone(ctx context.Context, err error) error {
+	select {
+	case <-vm.down:
+		return errGone
+	case <-ctx.Done():
+	case <-time.After(dyingTimeout):
+	}
+	return err
+}
+
+// openVsock gives QEMU its end of the guest's vsock and listens for the guest.
+func (vm *VM) openVsock(ctx context.Context, fd *descriptors, give func(*os.File) int) (err error) {
+	if vm.opts.Host.Vsock == VsockKernel {
+		device, cid, err := openVhostVsock()
+		if err != nil {
+			return fmt.Errorf("vsock: %w", err)
+		}
+		fd.Vsock, vm.cid, vm.dial = give(device), cid, vsock.Kernel(cid)
+		vm.doorbell, err = listenKernel(cid)
+		if err != nil {
+			return err
+		}
+		vm.watchers.Go(vm.doorbell.serve)
+		return nil
+	}
+
+	dir, uid := filepath.Join(vm.opts.Dir, vsockDir), os.Geteuid()
+	if vm.user != nil {
+		uid = int(vm.user.Uid)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("vsock: %w", err)
+	}
+	vm.files.Add(remove(dir))
+	if err := os.Chown(dir, uid, uid); err != nil {
+		return fmt.Errorf("vsock: %w", err)
+	}
+	if vm.doorbell, err = listenHybrid(vm.streams(), uid); err != nil {
+		return err
+	}
+	vm.watchers.Go(vm.doorbell.serve)
+	conn, err := vm.startVhostDeviceVsock(ctx)
+	if err != nil {
+		return fmt.Errorf("vsock: %w", err)
+	}
+	fd.Vsock, vm.dial = give(conn), vsock.Hybrid(vm.streams())
+	return nil
+}
+
+func (vm *VM) openShares(fd *descriptors, give func(*os.File) int) error {
+	for i, share := range vm.spec.Shares {
+		conn, err := vm.startVirtiofsd(i, share)
+		if err != nil {
+			return err
+		}
+		fd.Shares = append(fd.Shares, give(conn))
+	}
+	return nil
+}
+
+func (vm *VM) openImages(fd *descriptors, give func(*os.File) int) error {
+	kernel, err := openReadable("kernel", vm.spec.Kernel, vm.user != nil)
+	if err != nil {
+		return err
+	}
+	fd.Kernel = give(kernel)
+	initrd, err := openReadable("initrd", vm.spec.Initrd, vm.user != nil)
+	if err != nil {
+		return err
+	}
+	fd.Initrd = give(initrd)
+	for _, disk := range vm.spec.Disks {
+		f, block, err := openDisk(disk)
+		if err != nil {
+			return err
+		}
+		fd.Disks = append(fd.Disks, diskDescriptor{FD: give(f), Block: block})
+	}
+	return nil
+}
+
+// openQMP makes the listening socket for QEMU and the connection to it, which
+// waits in its backlog.
+func (vm *VM) openQMP() (listener *os.File, conn *net.UnixConn, err error) {
+	path := filepath.Join(vm.opts.Dir, qmpSocket)
+	l, err := listenUnix(path)
+	if err != nil {
+		return nil, nil, fmt.Errorf("qmp: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	vm.files.Add(remove(path))
+	defer l.Close()
+	conn, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, nil, fmt.Errorf("qmp: %w", err)
+	}
+	if listener, err = l.File(); err != nil {
+		conn.Close()
+		return nil, nil, fmt.Errorf("qmp: %w", err)
+	}
+	return listener, conn, nil
+}

@@ -1,0 +1,377 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/vmshim/vmshim/internal/cleanup"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp"
+	"github.com/vmshim/vmshim/pkg/vsock"
+)
+
+// A VM is a running machine: QEMU and its helpers, owned by this process.
+type VM struct {
+	spec     hypervisor.Spec
+	opts     Options
+	user     *syscall.Credential // of QEMU; nil: the caller
+	launcher launcher
+	cmdline  []string
+
+	cid      uint32 // of the guest, with the kernel's vsock
+	dial     vsock.Dialer
+	doorbell *doorbell
+	console  *console
+	qmp      *qmp.Client
+
+	files    cleanup.Stack  // what the machine has in the sandbox's directory
+	watchers sync.WaitGroup // of processes, QMP and doorbell
+
+	deaf chan struct{} // closed when QMP has ended: no event comes any more
+	down chan struct{} // closed by fail: the machine has ended or is to
+	done chan struct{}
+	err  error // why the machine is gone; valid after done
+
+	mu        sync.Mutex
+	processes []*process // guarded by mu; none is added after down
+	qemu      *process   // guarded by mu; one of them
+	failed    bool       // guarded by mu: down is closed
+	state     string     // guarded by mu: what happened
+	shutdown  string     // guarded by mu: QEMU's reason, from its event
+	asked     bool       // guarded by mu: the owner wants the machine to end
+	wanted    bool       // guarded by mu: it was asked before it went down
+}
+
+// Ready is closed when the guest's agent said that it serves.
+func (vm *VM) Ready() <-chan struct{} { return vm.doorbell.rung }
+
+// Done is closed when the machine is gone: QEMU or a helper that it cannot do
+// without has ended, and the rest was killed and reaped.
+func (vm *VM) Done() <-chan struct{} { return vm.done }
+
+// Err says why the machine is gone, as an *ExitError with the ends of the
+// console and of QEMU's words; nil after Shutdown and Kill. Valid after Done.
+func (vm *VM) Err() error { return vm.err }
+
+// Console returns the last lines of the guest's console, quoted for a log.
+func (vm *VM) Console() string {
+	return strconv.Quote(strings.Join(tail(vm.console.ring.String(), consoleTail), "\n"))
+}
+
+// consoleTail is how many lines an error or a log gets: a panic with its trace.
+const consoleTail = 50
+
+// Processes lists the host processes of the machine.
+func (vm *VM) Processes() []hypervisor.Process {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	var list []hypervisor.Process
+	for _, p := range vm.processes {
+		list = append(list, p.Process)
+	}
+	return list
+}
+
+// AgentURL names a port of the guest for another process: vsock://… or hvsock://….
+func (vm *VM) AgentURL(port uint32) string {
+	if vm.cid != 0 {
+		return vsock.KernelURL(vm.cid, port)
+	}
+	return vsock.HybridURL(vm.streams(), port)
+}
+
+func (vm *VM) streams() string { return filepath.Join(vm.opts.Dir, vsockDir, vsockStreams) }
+
+// errGone is the end of whatever is under way when a machine ends.
+var errGone = fmt.Errorf("machine is gone: %w", errdefs.ErrUnavailable)
+
+// Dial opens a stream to a port of the guest. It ends with the machine.
+func (vm *VM) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	ctx, cancel := vm.bound(ctx)
+	defer cancel()
+	conn, err := vm.dial(ctx, port)
+	if err != nil && vm.isDown() {
+		return nil, fmt.Errorf("dial guest port %d: %w", port, errGone)
+	}
+	return conn, err
+}
+
+// bound makes a context that the machine's end cancels.
+func (vm *VM) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-vm.down:
+			cancel(errGone)
+		case <-ctx.Done():
+		}
+	})
+	return ctx, func() {
+		cancel(context.Canceled)
+		watch.Wait()
+	}
+}
+
+// Kill ends every process of the machine and returns when they are reaped.
+func (vm *VM) Kill() error {
+	vm.ask()
+	vm.fail("killed")
+	<-vm.done
+	return nil
+}
+
+// defaultShutdown bounds a Shutdown whose context has no deadline.
+const defaultShutdown = 10 * time.Second
+
+// Shutdown waits for the guest to power off by itself (the agent was told so),
+// asks by ACPI when it does not within half of the context's time, and kills in the end.
+func (vm *VM) Shutdown(ctx context.Context) error {
+	vm.ask()
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(defaultShutdown)
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	half := time.NewTimer(time.Until(deadline) / 2)
+	defer half.Stop()
+	select {
+	case <-vm.done:
+		return nil
+	case <-ctx.Done():
+	case <-half.C:
+		if err := vm.qmp.Execute(ctx, "system_powerdown", nil, nil); err != nil {
+			log.G(ctx).WithError(err).Debug("ask the guest to power off")
+		}
+	}
+	select {
+	case <-vm.done:
+	case <-ctx.Done():
+		log.G(ctx).WithField("console", vm.Console()).Warn("guest did not power off and is killed")
+		return vm.Kill()
+	}
+	return nil
+}
+
+func (vm *VM) ask() {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	vm.asked = true
+}
+
+// start runs a process of the machine and watches it.
+func (vm *VM) start(c command) error {
+	if vm.isDown() {
+		return errGone
+	}
+	p, err := vm.launcher.start(c)
+	if err != nil {
+		return err
+	}
+	vm.mu.Lock()
+	vm.processes = append(vm.processes, p)
+	if c.role == roleQEMU {
+		vm.qemu = p
+	}
+	failed := vm.failed
+	vm.mu.Unlock()
+	if failed { // whoever closed down did not see it
+		p.kill()
+	}
+	vm.watchers.Go(func() { vm.watch(p) })
+	return nil
+}
+
+func (vm *VM) isDown() bool {
+	select {
+	case <-vm.down:
+		return true
+	default:
+		return false
+	}
+}
+
+// grace is how much later the cause may be seen than what it caused: QEMU's end
+// than a helper's, or than that of the QMP connection.
+const grace = 50 * time.Millisecond
+
+// watch waits for a process to end, and ends the machine with it.
+func (vm *VM) watch(p *process) {
+	<-p.done
+	if p.Role == roleQEMU {
+		select { // its last event may still be unread
+		case <-vm.deaf:
+		case <-time.After(grace):
+		}
+		vm.fail(vm.qemuState(p))
+		return
+	}
+	if qemu := vm.theQEMU(); qemu != nil {
+		select {
+		case <-qemu.done:
+			return
+		case <-vm.down:
+			return
+		case <-time.After(grace):
+		}
+	}
+	vm.fail(p.Role + " ended: " + p.end())
+}
+
+func (vm *VM) theQEMU() *process {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return vm.qemu
+}
+
+// shutdownStates are the words for QEMU's reasons to shut down by itself (type
+// ShutdownCause in qapi/run-state.json).
+var shutdownStates = map[string]string{
+	"guest-shutdown": "guest powered off",
+	"guest-reset":    "guest reset itself",
+	"guest-panic":    "guest panicked",
+	"host-signal":    "qemu ended by a signal",
+	"host-qmp-quit":  "qemu was told to quit",
+	"host-error":     "qemu had an error",
+}
+
+func (vm *VM) qemuState(p *process) string {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if state, ok := shutdownStates[vm.shutdown]; ok && p.err == nil {
+		return state
+	}
+	return "qemu ended: " + p.end()
+}
+
+// event is called by the QMP client.
+func (vm *VM) event(e qmp.Event) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	switch e.Name {
+	case "SHUTDOWN":
+		var data struct{ Reason string }
+		if json.Unmarshal(e.Data, &data) == nil && vm.shutdown == "" {
+			vm.shutdown = data.Reason
+		}
+	case "GUEST_PANICKED":
+		vm.shutdown = "guest-panic"
+	}
+}
+
+// exitTimeout is how long QEMU may live on when it has closed its QMP
+// connection: it gives the guest's memory back.
+const exitTimeout = 10 * time.Second
+
+// watchQMP ends a machine that can't be commanded any more.
+func (vm *VM) watchQMP() {
+	<-vm.qmp.Done()
+	close(vm.deaf)
+	err := vm.qmp.Err()
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+		select {
+		case <-vm.down:
+			return
+		case <-time.After(exitTimeout):
+		}
+	}
+	vm.fail("qmp connection ended: " + err.Error())
+}
+
+// fail ends the machine. The first to call it says why; the others are heard
+// no more.
+func (vm *VM) fail(state string) {
+	vm.mu.Lock()
+	first := !vm.failed
+	if first {
+		vm.failed, vm.wanted, vm.state = true, vm.asked, state
+		close(vm.down)
+	}
+	processes := slices.Clone(vm.processes)
+	vm.mu.Unlock()
+	if !first {
+		return
+	}
+	for _, p := range slices.Backward(processes) { // QEMU first
+		p.kill()
+	}
+}
+
+// bury waits for a machine that is down, and removes what is left of it.
+func (vm *VM) bury() {
+	<-vm.down
+	for _, p := range vm.processes { // none is added any more
+		<-p.done
+	}
+	if vm.qmp != nil {
+		_ = vm.qmp.Close()
+	}
+	if vm.doorbell != nil {
+		_ = vm.doorbell.close()
+	}
+	vm.watchers.Wait()
+	if vm.console != nil {
+		vm.console.close()
+	}
+	_ = vm.files.Run() // the sandbox's directory is removed as a whole, too
+	vm.err = vm.reason()
+	close(vm.done)
+}
+
+func (vm *VM) reason() error {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if vm.wanted {
+		return nil
+	}
+	return vm.exitErrorLocked()
+}
+
+func (vm *VM) exitErrorLocked() *ExitError {
+	e := &ExitError{Name: vm.spec.Name, State: vm.state, Cmdline: vm.cmdline}
+	for _, p := range vm.processes {
+		for _, line := range tail(p.output.String(), consoleTail) {
+			e.Output = append(e.Output, p.Role+": "+line)
+		}
+	}
+	if vm.console != nil {
+		e.Console = tail(vm.console.ring.String(), consoleTail)
+		if vm.shutdown == "guest-reset" && panicLine(e.Console) != "" {
+			e.State = "guest kernel panicked" // which made it reset itself
+		}
+	}
+	if vm.doorbell != nil {
+		select {
+		case <-vm.doorbell.rung:
+			e.Ready = true
+		default:
+		}
+	}
+	return e
+}
+
+// remove is an undo step for a file that may be gone already.
+func remove(path string) func() error {
+	return func() error {
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("remove: %w", err)
+		}
+		return nil
+	}
+}
