@@ -30,7 +30,8 @@ build: ## the shim and the command, into _output/bin
 
 .PHONY: vhost-device-vsock
 vhost-device-vsock: prereqs ## fetch the daemon that serves vsock without /dev/vhost-vsock
-	@hack/fetch-vhost-device-vsock >/dev/null
+	@mkdir -p $(BIN)
+	@ln -sf "$$(hack/fetch-vhost-device-vsock)" $(BIN)/vhost-device-vsock
 
 # Everything that a machine needs to run.
 .PHONY: all
@@ -116,9 +117,10 @@ demo: all ## a container in a machine, through containerd, step by step
 # -- install -----------------------------------------------------------------
 
 .PHONY: install
-install: build image ## into DESTDIR and PREFIX (/usr/local)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/vmshim $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs
+install: build image vhost-device-vsock ## into DESTDIR and PREFIX (/usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/vmshim $(DESTDIR)$(PREFIX)/share/vmshim $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs
 	install -m 755 $(BIN)/containerd-shim-vm-v2 $(BIN)/vmshim $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(BIN)/vhost-device-vsock $(DESTDIR)$(PREFIX)/libexec/vmshim/
 	install -m 644 $(OUT)/guest/vmlinux $(OUT)/guest/initrd.img $(DESTDIR)$(PREFIX)/share/vmshim/
 	install -m 644 README.md LICENSE docs/*.md $(DESTDIR)$(PREFIX)/share/doc/vmshim/
 	install -m 644 configs/* $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs/

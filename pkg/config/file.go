@@ -86,6 +86,7 @@ func (f file) config() Config {
 			Virtiofsd:        f.QEMU.Virtiofsd,
 			VirtiofsdCache:   f.QEMU.VirtiofsdCache,
 			UIDBase:          f.QEMU.UIDBase,
+			CacheDir:         f.StateDir,
 		},
 		Sandbox: sandbox.Config{
 			Machine: hypervisor.Spec{

@@ -12,8 +12,8 @@ import (
 
 // Leftovers lists what the containers with the given ids (in ctr's default
 // namespace) and their sandboxes left on the host, other than the daemon
-// itself: processes and mounts that name a directory under dir, files in the
-// state directory of the shim, sockets of shims.
+// itself: processes and mounts that name a file of the daemon's directory, sandboxes in
+// the state directory of the shim, bundles, sockets of shims.
 func (d *Daemon) Leftovers(stateDir string, ids ...string) ([]string, error) {
 	processes, err := d.Processes()
 	if err != nil {
@@ -32,7 +32,7 @@ func (d *Daemon) Leftovers(stateDir string, ids ...string) ([]string, error) {
 			found = append(found, "mount "+strings.TrimSpace(line))
 		}
 	}
-	paths, err := filepath.Glob(filepath.Join(stateDir, "*"))
+	paths, err := filepath.Glob(filepath.Join(stateDir, strings.Repeat("[0-9a-f]", 16)))
 	if err != nil {
 		return nil, err
 	}

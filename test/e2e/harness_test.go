@@ -256,6 +256,6 @@ func (t *test) eventually(what string, ok func() bool) {
 func (t *test) equal(what string, got, want any) {
 	t.Helper()
 	if got != want {
-		t.Errorf("%s: got %q, want %q", what, got, want)
+		t.Errorf("%s: got %#v, want %#v", what, got, want)
 	}
 }
