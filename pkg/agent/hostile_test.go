@@ -154,7 +154,6 @@ func TestHostileStatus(t *testing.T) {
 	}{
 		{"long", codes.Internal, strings.Repeat("x", 1<<20), errdefs.ErrInternal},
 		{"control characters", codes.NotFound, "\x1b[31m\nlevel=error msg=\"forged\"", errdefs.ErrNotFound},
-		{"not UTF-8", codes.Aborted, "", errdefs.ErrAborted},
 		{"unknown code", 4711, "x", errdefs.ErrUnknown},
 		{"conflict by text", codes.FailedPrecondition, "conflict", errdefs.ErrFailedPrecondition},
 		{"no text", codes.Unimplemented, "", errdefs.ErrNotImplemented},

@@ -21,7 +21,7 @@ func (c *Client) Init(ctx context.Context, settings Settings) (keepVM bool, err 
 func (c *Client) Configure(_ context.Context, settings Settings) error {
 	p := newPeer(settings)
 	if _, _, err := p.address(); err != nil && settings.URL != "" {
-		return err
+		return &Error{Err: err}
 	}
 	c.peer.Swap(p).disconnect()
 	return nil

@@ -34,7 +34,7 @@ func leaked(patience time.Duration) (left string) {
 		var b strings.Builder
 		_ = pprof.Lookup("goroutine").WriteTo(&b, 2)
 		left = ""
-		for _, g := range strings.Split(b.String(), "\n\n") {
+		for g := range strings.SplitSeq(b.String(), "\n\n") {
 			if (strings.Contains(g, "vmshim/pkg/agent") || strings.Contains(g, "containerd/ttrpc")) && !strings.Contains(g, "TestMain") {
 				left += g + "\n\n"
 			}

@@ -323,16 +323,16 @@ var operations = []operation{
 	{
 		name: "MemAgentMemcgSet",
 		call: func(ctx context.Context, c *Client) (any, error) {
-			return nothing(c.MemAgentMemcgSet(ctx, &protocol.MemAgentMemcgConfig{Disabled: proto.Bool(true)}))
+			return nothing(c.MemAgentMemcgSet(ctx, &protocol.MemAgentMemcgConfig{Disabled: new(true)}))
 		},
-		method: "MemAgentMemcgSet", req: &protocol.MemAgentMemcgConfig{Disabled: proto.Bool(true)},
+		method: "MemAgentMemcgSet", req: &protocol.MemAgentMemcgConfig{Disabled: new(true)},
 	},
 	{
 		name: "MemAgentCompactSet",
 		call: func(ctx context.Context, c *Client) (any, error) {
-			return nothing(c.MemAgentCompactSet(ctx, &protocol.MemAgentCompactConfig{CompactSecMax: proto.Int64(3)}))
+			return nothing(c.MemAgentCompactSet(ctx, &protocol.MemAgentCompactConfig{CompactSecMax: new(int64(3))}))
 		},
-		method: "MemAgentCompactSet", req: &protocol.MemAgentCompactConfig{CompactSecMax: proto.Int64(3)},
+		method: "MemAgentCompactSet", req: &protocol.MemAgentCompactConfig{CompactSecMax: new(int64(3))},
 	},
 	{
 		name: "GuestVolumeStats",

@@ -74,13 +74,21 @@ func (p *peer) address() (vsock.Dialer, uint32, error) {
 	if s.URL == "" {
 		return nil, 0, errNoAddress
 	}
-	return vsock.Parse(s.URL)
+	return parse(s.URL)
+}
+
+func parse(url string) (vsock.Dialer, uint32, error) {
+	dial, port, err := vsock.Parse(url)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return dial, port, err
 }
 
 func (p *peer) setURL(url string) error {
-	dial, port, err := vsock.Parse(url)
+	dial, port, err := parse(url)
 	if err != nil {
-		return err
+		return &Error{Err: err}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
