@@ -30,6 +30,7 @@ func main() {
 
 // options are what the shim cannot know of a sandbox.
 func options(cfg config.Config) sandbox.Options {
+	cfg.QEMU.CacheDir = cfg.StateDir // what QEMU says of itself, for the next start
 	return sandbox.Options{
 		Config: cfg.Sandbox,
 		StartVM: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (sandbox.Machine, error) {
