@@ -56,7 +56,6 @@ func (i *inheritance) add(f *os.File) int {
 type launcher struct {
 	env      []string
 	cgroupFD int
-	spawn    func(start func() error) error
 	started  func(hypervisor.Process) error
 }
 
@@ -124,15 +123,7 @@ func (l *launcher) run(c command, path string) (*process, error) {
 	if l.cgroupFD > 0 {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, l.cgroupFD
 	}
-	start := cmd.Start
-	if l.spawn != nil {
-		start = func() error { return l.spawn(cmd.Start) }
-	}
-	if err := start(); err != nil {
-		if cmd.Process != nil { // spawn failed behind the start
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-		}
+	if err := cmd.Start(); err != nil {
 		r.Close()
 		return nil, err
 	}

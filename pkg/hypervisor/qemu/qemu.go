@@ -116,11 +116,6 @@ type Options struct {
 	// CgroupFD, when positive, is the directory of a version 2 control group
 	// that every process is born in.
 	CgroupFD int
-	// Spawn, when set, is called for each process and must call start once. It
-	// may prepare the calling thread (locked to its goroutine) for what a
-	// process inherits from the thread that makes it: control groups of
-	// version 1, security labels.
-	Spawn func(start func() error) error
 
 	extra []string // further arguments for QEMU, from tests
 }

@@ -38,7 +38,7 @@ func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error)
 		spec: spec, opts: opts, user: user,
 		launcher: launcher{
 			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
-			cgroupFD: opts.CgroupFD, spawn: opts.Spawn, started: opts.Started,
+			cgroupFD: opts.CgroupFD, started: opts.Started,
 		},
 		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
 	}

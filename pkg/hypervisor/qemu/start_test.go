@@ -384,23 +384,6 @@ func TestDeathEndsDial(t *testing.T) {
 	dial.Wait()
 }
 
-func TestSpawnPreparesEachProcess(t *testing.T) {
-	s, opts := fakeMachine(t, behaviour{})
-	n := 0
-	opts.Spawn = func(start func() error) error {
-		n++
-		return start()
-	}
-	vm, err := Start(within(t), s, opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = vm.Kill()
-	if n < 3 { // more where the test binary is out of reach of the user at first
-		t.Errorf("%d calls", n)
-	}
-}
-
 func TestQEMURunsAsNobody(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
