@@ -41,8 +41,22 @@ func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	case <-m.done:
 		return nil, errors.New("machine is off")
 	default:
-		return m.env.peer.Dial(ctx, port)
 	}
+	conn, err := m.env.peer.Dial(ctx, port)
+	return &pointConn{conn, port, m.env}, err
+}
+
+// A pointConn tells of each request.
+type pointConn struct {
+	net.Conn
+	port uint32
+	env  *env
+}
+
+func (c *pointConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.env.point(fmt.Sprintf("write to %d", c.port))
+	return n, err
 }
 
 func (m *machine) AgentURL(port uint32) string { return fmt.Sprintf("hvsock:///fake:%d", port) }

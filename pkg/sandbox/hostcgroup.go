@@ -41,7 +41,6 @@ type CgroupState struct {
 
 // A hostCgroup is one that was made.
 type hostCgroup struct {
-	CgroupState
 	dir   *os.File // version 2: to clone into
 	group member
 	home  member // where this process was before
@@ -152,6 +151,10 @@ func (s *Sandbox) joinCgroup(ctx context.Context, spec *specs.Spec, m *hyperviso
 		return removeCgroup(ctx, &st)
 	})
 	g, err := makeCgroup(st, hostLimits(resourcesOf(spec), m.MemoryMiB))
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("cgroup", p).Warn("machine's control group has no limits")
+		g, err = makeCgroup(st, &specs.LinuxResources{})
+	}
 	if err == nil {
 		undo.Add(g.leave)
 		err = g.enter()
@@ -165,37 +168,40 @@ func (s *Sandbox) joinCgroup(ctx context.Context, spec *specs.Spec, m *hyperviso
 }
 
 // makeCgroup makes the group. It must be removed also after an error.
-func makeCgroup(st CgroupState, r *specs.LinuxResources) (g *hostCgroup, err error) {
-	g = &hostCgroup{CgroupState: st}
-	if st.Version == 1 {
-		home, err := cgroup1.Load(cgroup1.PidPath(os.Getpid()), cgroup1.WithHierarchy(hierarchies))
-		if err != nil {
-			return nil, fmt.Errorf("own cgroup: %w", err)
-		}
-		group, err := cgroup1.New(cgroup1.StaticPath(st.Path), r, cgroup1.WithHierarchy(hierarchies))
-		if err != nil {
-			return nil, err
-		}
-		g.home, g.group = v1{home}, v1{group}
-		return g, nil
+func makeCgroup(st CgroupState, r *specs.LinuxResources) (*hostCgroup, error) {
+	if st.Version == 2 {
+		return makeUnified(cgroupRoot, st.Path, r)
 	}
+	home, err := cgroup1.Load(cgroup1.PidPath(os.Getpid()), cgroup1.WithHierarchy(hierarchies))
+	if err != nil {
+		return nil, fmt.Errorf("own cgroup: %w", err)
+	}
+	group, err := cgroup1.New(cgroup1.StaticPath(st.Path), r, cgroup1.WithHierarchy(hierarchies))
+	if err != nil {
+		return nil, err
+	}
+	return &hostCgroup{home: v1{home}, group: v1{group}}, nil
+}
+
+// makeUnified is makeCgroup for version 2, mounted at root.
+func makeUnified(root, name string, r *specs.LinuxResources) (*hostCgroup, error) {
 	own, err := cgroup2.PidGroupPath(os.Getpid())
 	if err != nil {
 		return nil, fmt.Errorf("own cgroup: %w", err)
 	}
-	home, err := cgroup2.Load(own, cgroup2.WithMountpoint(cgroupRoot))
+	home, err := cgroup2.Load(own, cgroup2.WithMountpoint(root))
 	if err != nil {
 		return nil, fmt.Errorf("own cgroup %q: %w", own, err)
 	}
-	group, err := cgroup2.NewManager(cgroupRoot, st.Path, cgroup2.ToResources(r))
+	group, err := cgroup2.NewManager(root, name, cgroup2.ToResources(r))
 	if err != nil {
 		return nil, err
 	}
-	g.home, g.group = home, group
-	if g.dir, err = os.Open(filepath.Join(cgroupRoot, st.Path)); err != nil {
+	dir, err := os.Open(filepath.Join(root, name))
+	if err != nil {
 		return nil, err
 	}
-	return g, nil
+	return &hostCgroup{home: home, group: group, dir: dir}, nil
 }
 
 // cgroupRoot is where cgroups are mounted.

@@ -17,14 +17,13 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/storage"
 )
-
-func shimMain([]string) int { return 0 }
 
 func TestRootLifecycle(t *testing.T) {
 	e := newEnv(t)
@@ -474,7 +473,7 @@ func TestRootPids(t *testing.T) {
 	release := make(chan struct{})
 	defer close(release)
 	e.peer.Handle("Pids", nil)
-	e.peer.Handle("Pids", func(context.Context, protoMessage) (protoMessage, error) {
+	e.peer.Handle("Pids", func(context.Context, proto.Message) (proto.Message, error) {
 		<-release
 		return nil, errdefs.ErrUnavailable
 	})

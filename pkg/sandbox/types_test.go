@@ -1,5 +1,0 @@
-package sandbox
-
-import "google.golang.org/protobuf/proto"
-
-type protoMessage = proto.Message
