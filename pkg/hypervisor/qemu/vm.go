@@ -87,6 +87,10 @@ func (vm *VM) Processes() []hypervisor.Process {
 	return list
 }
 
+// Cmdline is QEMU's command line, to reproduce what it did. Its numbers of
+// descriptors mean something to that process only.
+func (vm *VM) Cmdline() []string { return slices.Clone(vm.cmdline) }
+
 // AgentURL names a port of the guest for another process: vsock://… or hvsock://….
 func (vm *VM) AgentURL(port uint32) string {
 	if vm.cid != 0 {

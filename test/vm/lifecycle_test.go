@@ -1,0 +1,210 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+
+	"github.com/vmshim/vmshim/internal/vmtest"
+	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+)
+
+// ended waits for a machine's end and gives the reason.
+func ended(t *testing.T, m *vmtest.Machine, within time.Duration) error {
+	t.Helper()
+	select {
+	case <-m.Done():
+		return m.Err()
+	case <-time.After(within):
+		t.Fatalf("machine lives on after %v", within)
+		return nil
+	}
+}
+
+func lacks(t *testing.T, err error, texts ...string) {
+	t.Helper()
+	if err == nil || !errdefs.IsUnavailable(err) {
+		t.Errorf("error %v is not unavailable", err)
+		return
+	}
+	for _, text := range texts {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("error %q lacks %q", err, text)
+		}
+	}
+	if strings.ContainsAny(err.Error(), "\r\n\x1b") {
+		t.Errorf("error %q is not one clean line", err)
+	}
+}
+
+func killRole(t *testing.T, m *vmtest.Machine, role string) {
+	t.Helper()
+	for _, p := range m.Processes() {
+		if p.Role == role {
+			if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatalf("no %s among %v", role, m.Processes())
+}
+
+// A guest boots with everything that a machine can have, and powers off when
+// its agent is told to.
+func TestVMBootsAndPowersOff(t *testing.T) {
+	m := vmtest.Boot(t, withDisk(t))
+	t.Logf("ready after %v", time.Since(m.Started))
+
+	conn, err := m.Dial(vmtest.Context(t), extension.AgentPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	ctx := vmtest.Context(t)
+	if _, err := protocol.NewAgentServiceClient(client).DestroySandbox(ctx, &protocol.DestroySandboxRequest{}); err != nil {
+		t.Errorf("destroy sandbox: %v", err)
+	}
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if err := m.Shutdown(ctx); err != nil {
+		t.Errorf("shutdown: %v", err)
+	}
+	t.Logf("off after %v", time.Since(start))
+	if ctx.Err() != nil {
+		t.Error("the guest did not power off by itself")
+	}
+	if m.Err() != nil {
+		t.Errorf("error after shutdown: %v", m.Err())
+	}
+}
+
+func withDisk(t *testing.T) func(*hypervisor.Spec) {
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return func(s *hypervisor.Spec) {
+		s.Disks = []hypervisor.Disk{{ID: "data", Path: path}, {ID: "ro", Path: path, ReadOnly: true}}
+	}
+}
+
+// A port where nobody listens refuses; the context bounds what hangs.
+func TestVMDialNobody(t *testing.T) {
+	m := vmtest.Boot(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	conn, err := m.Dial(ctx, 4711)
+	if err == nil {
+		conn.Close()
+		t.Fatal("somebody is there")
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("hung: %v", err)
+	}
+}
+
+func TestVMKilled(t *testing.T) {
+	t.Run("qemu at once", func(t *testing.T) {
+		m := vmtest.Start(t)
+		killRole(t, m, "qemu")
+		lacks(t, ended(t, m, 5*time.Second), "before its agent was ready: qemu ended: signal: killed")
+	})
+	t.Run("qemu during boot", func(t *testing.T) {
+		m := vmtest.Start(t)
+		time.Sleep(500 * time.Millisecond)
+		killRole(t, m, "qemu")
+		lacks(t, ended(t, m, 5*time.Second), "qemu ended: signal: killed")
+	})
+	for _, role := range []string{"qemu", "virtiofsd", "vhost-device-vsock"} {
+		t.Run(role+" after boot", func(t *testing.T) {
+			m := vmtest.Boot(t)
+			if role == "vhost-device-vsock" && len(m.Processes()) < 3 {
+				t.Skip("the kernel carries vsock here")
+			}
+			conn, err := m.Dial(vmtest.Context(t), extension.AgentPort)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			start := time.Now()
+			killRole(t, m, role)
+			if _, err := conn.Read(make([]byte, 1)); err == nil {
+				t.Error("the dead speak")
+			}
+			lacks(t, ended(t, m, 5*time.Second), role+" ended: signal: killed")
+			t.Logf("gone after %v", time.Since(start))
+			if strings.Contains(m.Err().Error(), "before its agent") {
+				t.Errorf("error %q: the agent was ready", m.Err())
+			}
+		})
+	}
+	t.Run("by its owner", func(t *testing.T) {
+		m := vmtest.Boot(t)
+		if err := m.Kill(); err != nil || m.Err() != nil {
+			t.Errorf("kill: %v, %v", err, m.Err())
+		}
+	})
+}
+
+// A kernel that panics is an error with its last words, at once.
+func TestVMKernelPanics(t *testing.T) {
+	m := vmtest.Start(t, func(s *hypervisor.Spec) {
+		s.KernelParams = append(s.KernelParams, "rdinit=/no/such/init", "root=/dev/none")
+	})
+	err := ended(t, m, vmtest.Timeout)
+	lacks(t, err, "guest kernel panicked", "Kernel panic - not syncing")
+	if full := fmt.Sprintf("%+v", err); !strings.Contains(full, "-append") {
+		t.Errorf("no command line in %s", full)
+	}
+}
+
+func TestVMWrongKernel(t *testing.T) {
+	vmtest.Need(t, vmtest.Root, vmtest.QEMU, vmtest.Share, vmtest.Image)
+	start := func(kernel string) error {
+		s := vmtest.Spec(t)
+		s.Kernel = kernel
+		vm, err := qemu.Start(vmtest.Context(t), s, vmtest.Options(t))
+		if err == nil {
+			_ = vm.Kill()
+		}
+		return err
+	}
+	if err := start("/no/vmlinux"); !errdefs.IsNotFound(err) {
+		t.Errorf("missing kernel: %v", err)
+	}
+	text := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(text, []byte("not a kernel\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	lacks(t, start(text), "qemu: linux kernel too old", "qemu ended: exit status 1")
+}
+
+// Cancel anywhere in the first second leaves nothing.
+func TestVMCancelStart(t *testing.T) {
+	vmtest.Need(t, vmtest.Root, vmtest.QEMU, vmtest.Share, vmtest.Image)
+	for wait := time.Duration(0); wait < 200*time.Millisecond; wait += 10 * time.Millisecond {
+		ctx, cancel := context.WithTimeout(t.Context(), wait)
+		vm, err := qemu.Start(ctx, vmtest.Spec(t), vmtest.Options(t))
+		if err == nil {
+			_ = vm.Kill()
+		} else if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("after %v: %v", wait, err)
+		}
+		cancel()
+	}
+}
