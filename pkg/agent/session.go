@@ -71,8 +71,6 @@ func (s *session) invoke(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Re
 		return nil
 	case err := <-fault:
 		return s.explain(ctx, started, err)
-	case <-s.line.down:
-		return s.line.cause
 	case <-ctx.Done():
 		return waited(ctx, "no answer", started)
 	}

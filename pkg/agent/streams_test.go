@@ -216,6 +216,73 @@ func TestCloseStdinBehindAWrite(t *testing.T) {
 	})
 }
 
+// The end is not sent while a write is going on.
+func TestStdinKeepsTheOrder(t *testing.T) {
+	l := newLife(newPeer(Settings{}))
+	down, writing, release := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var order []string
+	s := newStdin(l, down, func(b []byte) (int, error) {
+		close(writing)
+		<-release
+		order = append(order, "write")
+		return len(b), nil
+	}, func() error {
+		order = append(order, "end")
+		return nil
+	})
+	go func() { _, _ = s.Write([]byte("x")) }()
+	<-writing
+	if err := s.Close(); err != nil { // in its own time
+		t.Error(err)
+	}
+	close(release)
+	<-s.over
+	if fmt.Sprint(order) != "[write end]" {
+		t.Errorf("got %v", order)
+	}
+	if _, err := s.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("got %v", err)
+	}
+	l.jobs.Wait()
+}
+
+// The end of input for a process that is gone is no error.
+func TestCloseStdinOfAGuestThatClosed(t *testing.T) {
+	for range 20 {
+		c := streamScript(t, func(conn net.Conn) { _ = extension.WriteStreamAnswer(conn, extension.StreamOK, "") })
+		s := streams(t, c, "c", StreamSet{Stdin: true})
+		if err := s.Stdin.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The connection of an output is closed as soon as the end was read: that is
+// how the guest knows that everything was taken.
+func TestEndOfOutputIsAcknowledged(t *testing.T) {
+	acknowledged := make(chan error, 1)
+	c := streamScript(t, func(conn net.Conn) {
+		_ = extension.WriteStreamAnswer(conn, extension.StreamOK, "")
+		_ = extension.WriteEnd(conn)
+		_, err := conn.Read(make([]byte, 1))
+		acknowledged <- err
+	})
+	s := streams(t, c, "c", StreamSet{Stdout: true})
+	select {
+	case err := <-acknowledged:
+		t.Errorf("closed before the end was read: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	if b, err := io.ReadAll(s.Stdout); len(b) != 0 || err != nil {
+		t.Errorf("got %q, %v", b, err)
+	}
+	soon(t, "acknowledgement", func() {
+		if err := <-acknowledged; !errors.Is(err, io.EOF) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
 // A writer learns that nobody reads any more.
 func TestStdinOfAnEndedProcess(t *testing.T) {
 	eachPeer(t, func(context.Context, *agenttest.Process) int { return 0 }, func(t *testing.T, _ *agenttest.Peer, c *Client) {
