@@ -142,7 +142,7 @@ func Options(tb testing.TB) qemu.Options {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "vm") // tb.TempDir has the test's name in it: too long for a socket
+	dir, err := os.MkdirTemp("", "vm") //nolint:usetesting // tb.TempDir has the test's name in it: too long for a socket
 	if err != nil {
 		tb.Fatal(err)
 	}
