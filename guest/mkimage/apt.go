@@ -46,7 +46,7 @@ func (a apt) find(ctx context.Context, names ...string) (map[string]pkg, error) 
 func parseStanza(s string) pkg {
 	var p pkg
 	for line := range strings.Lines(s) {
-		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		key, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
 		switch key {
 		case "Package":
 			p.Name = value

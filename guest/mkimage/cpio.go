@@ -76,12 +76,12 @@ func writeEntry(b *bufio.Writer, name string, ino int, n node) {
 	fmt.Fprintf(b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
 		ino, n.mode, uid, gid, nlink, mtime, len(n.data), devmajor, devminor, n.major, n.minor, len(name)+1, check, name)
 	pad(b, header+len(name)+1)
-	b.Write(n.data) // a bufio.Writer keeps its first error for Flush
+	_, _ = b.Write(n.data) // a bufio.Writer keeps its first error for Flush
 	pad(b, len(n.data))
 }
 
 func pad(b *bufio.Writer, n int) {
 	for ; n%4 != 0; n++ {
-		b.WriteByte(0)
+		_ = b.WriteByte(0)
 	}
 }

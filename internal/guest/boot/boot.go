@@ -16,13 +16,11 @@ package boot
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime"
 	"runtime/debug"
-	"syscall"
 	"time"
 
 	"github.com/containerd/log"
@@ -75,8 +73,8 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
-	go afterwards(ctx, modules, agent)
-	return reap(agent)
+	go afterwards(ctx, modules, agent.pid)
+	return agent.reap()
 }
 
 // afterwards does what the agent need not wait for, while the processor has
@@ -137,49 +135,4 @@ func readEarly() (Params, error) {
 	}
 	params, _ := ReadParams() // the agent tells what is wrong
 	return params, unix.Unmount(proc.target, 0)
-}
-
-// start runs the agent with its output copied to out. The pipe makes a console
-// that nobody reads this process' problem, not the agent's.
-func start(out io.Writer, args []string) (pid int, err error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return 0, err
-	}
-	defer w.Close()
-	const self = "/proc/self/exe"
-	pid, err = syscall.ForkExec(self, append([]string{"vmshim-agent"}, args...), &syscall.ProcAttr{
-		Dir:   "/",
-		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
-		Files: []uintptr{os.Stdin.Fd(), w.Fd(), w.Fd()},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
-	if err != nil {
-		r.Close()
-		return 0, err
-	}
-	go func() { // ends with the last holder of the pipe
-		defer r.Close()
-		_, _ = io.Copy(out, r) // a lost log line is no reason to stop
-	}()
-	return pid, nil
-}
-
-// reap waits for every child until the agent ends, and says how it ended.
-func reap(agent int) error {
-	for {
-		var status unix.WaitStatus
-		pid, err := unix.Wait4(-1, &status, 0, nil)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return fmt.Errorf("wait: %w", err)
-		case pid == agent && status.Exited() && status.ExitStatus() == 0:
-			return nil
-		case pid == agent && status.Signaled():
-			return fmt.Errorf("agent killed by %v", status.Signal())
-		case pid == agent:
-			return fmt.Errorf("agent exited with status %d", status.ExitStatus())
-		}
-	}
 }

@@ -3,6 +3,7 @@ package boot
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -59,10 +60,10 @@ func unmountAll(ctx context.Context) {
 		log.G(ctx).WithError(err).Error("list mounts")
 		return
 	}
-	for i := len(mounts) - 1; i >= 0; i-- {
-		if err := unix.Unmount(mounts[i].Mountpoint, 0); err != nil {
-			log.G(ctx).WithError(err).Errorf("unmount %q", mounts[i].Mountpoint)
-			_ = unix.Mount("", mounts[i].Mountpoint, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // the next best
+	for _, m := range slices.Backward(mounts) {
+		if err := unix.Unmount(m.Mountpoint, 0); err != nil {
+			log.G(ctx).WithError(err).Errorf("unmount %q", m.Mountpoint)
+			_ = unix.Mount("", m.Mountpoint, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // the next best
 		}
 	}
 }

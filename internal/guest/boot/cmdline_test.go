@@ -1,0 +1,79 @@
+package boot
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParseParams(t *testing.T) {
+	for _, tt := range []struct {
+		name, cmdline string
+		want          Params
+		err           string // part of it
+	}{
+		{name: "nothing", cmdline: ""},
+		{name: "other people's", cmdline: "console=ttyS0 quiet agent.trace agent.cdh_api_timeout=50 root=/dev/vda1\n"},
+		{name: "trivial", cmdline: "quiet vmshim.trivial", want: Params{Trivial: true}},
+		{
+			name: "ready", cmdline: "vmshim.ready=4711:0a1b panic=-1",
+			want: Params{Ready: Ready{Port: 4711, Token: "0a1b"}},
+		},
+		{
+			name: "agent",
+			cmdline: "agent.log=debug agent.log_vport=1025 agent.debug_console agent.debug_console_vport=1026 agent.devmode " +
+				"agent.server_addr=vsock://-1:1024 agent.hotplug_timeout=3 agent.container_pipe_size=65536",
+			want: Params{Agent: AgentParams{
+				LogLevel: "debug", LogPort: 1025, DebugConsole: true, DebugConsolePort: 1026, DevMode: true,
+				ServerAddr: "vsock://-1:1024", HotplugTimeout: 3 * time.Second, ContainerPipeBytes: 65536,
+			}},
+		},
+		{
+			name: "quotes", cmdline: `dyndbg="module a +p" agent.server_addr="unix:///a b" "agent.log=info"`,
+			want: Params{Agent: AgentParams{ServerAddr: "unix:///a b", LogLevel: "info"}},
+		},
+		{name: "the last one wins", cmdline: "agent.log=info agent.log=warn", want: Params{Agent: AgentParams{LogLevel: "warn"}}},
+		{
+			name: "one is wrong", cmdline: "agent.hotplug_timeout=soon agent.log_vport=1025",
+			want: Params{Agent: AgentParams{LogPort: 1025}}, err: `kernel parameter "agent.hotplug_timeout": not a number`,
+		},
+		{name: "no token", cmdline: "vmshim.ready=4711", err: "not PORT:TOKEN"},
+		{name: "no port", cmdline: "vmshim.ready=:token", err: "not PORT:TOKEN"},
+		{name: "port zero", cmdline: "vmshim.ready=0:token", err: "not PORT:TOKEN"},
+		{name: "port too big", cmdline: "vmshim.ready=4294967296:token", err: "not PORT:TOKEN"},
+		{name: "token of two words", cmdline: `vmshim.ready="1:a b"`, err: "not PORT:TOKEN"},
+		{name: "token without end", cmdline: "vmshim.ready=1:" + strings.Repeat("a", 300), err: "not PORT:TOKEN"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := ParseParams(tt.cmdline)
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("ParseParams(%q) (-want +got):\n%s", tt.cmdline, diff)
+			}
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("ParseParams(%q) = %v, want %q in it", tt.cmdline, err, tt.err)
+			}
+		})
+	}
+}
+
+func FuzzParseParams(f *testing.F) {
+	for _, s := range []string{
+		"console=ttyS0 quiet vmshim.ready=4711:0a1b agent.log=debug",
+		`a="b c" "d=e f" agent.hotplug_timeout=3 vmshim.trivial`,
+		"agent.container_pipe_size=99999999999 vmshim.ready=:",
+		"\"\x00=\" agent.log_vport=-1",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		p, _ := ParseParams(s)
+		if len(p.Ready.Token) > maxToken || (p.Ready.Token == "") != (p.Ready.Port == 0) {
+			t.Errorf("Ready = %+v", p.Ready)
+		}
+		if p.Agent.HotplugTimeout < 0 || p.Agent.ContainerPipeBytes < 0 {
+			t.Errorf("Agent = %+v", p.Agent)
+		}
+	})
+}
