@@ -48,10 +48,10 @@ func loads(t *testing.T, b []byte) (progs []*elf.Prog) {
 		t.Fatal(err)
 	}
 	for _, p := range f.Progs {
-		switch {
-		case p.Type == elf.PT_LOAD:
+		switch p.Type {
+		case elf.PT_LOAD:
 			progs = append(progs, p)
-		case p.Type == elf.PT_NOTE:
+		case elf.PT_NOTE:
 			if note, err := io.ReadAll(p.Open()); err != nil || len(bytes.Trim(note, "\x00")) == 0 {
 				t.Errorf("a note got lost: %q, %v", note, err)
 			}
