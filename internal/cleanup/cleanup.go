@@ -1,7 +1,10 @@
 // Package cleanup undoes a series of steps in reverse order.
 package cleanup
 
-import "errors"
+import (
+	"errors"
+	"slices"
+)
 
 // A Stack holds what undoes the steps taken so far. The zero value is empty.
 // It is for one goroutine:
@@ -29,8 +32,8 @@ func (s *Stack) Take() *Stack {
 // return, and forgets them. It returns all errors, joined.
 func (s *Stack) Run() error {
 	var errs []error
-	for i := len(s.fs) - 1; i >= 0; i-- {
-		if err := s.fs[i](); err != nil {
+	for _, f := range slices.Backward(s.fs) {
+		if err := f(); err != nil {
 			errs = append(errs, err)
 		}
 	}
