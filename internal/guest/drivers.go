@@ -269,7 +269,7 @@ func shareWith(root *os.Root, rel string, gid int) error {
 	if err := root.Chown(rel, -1, gid); err != nil {
 		return err
 	}
-	return root.Chmod(rel, info.Mode().Perm()|0o070|fs.ModeSetgid)
+	return root.Chmod(rel, info.Mode()&(fs.ModePerm|fs.ModeSticky)|0o070|fs.ModeSetgid)
 }
 
 // applyGroup makes a whole volume a group's. With OnRootMismatch that is skipped

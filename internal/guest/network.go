@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
@@ -26,7 +27,7 @@ func (b *sandbox) inNetwork(f func(*netlink.Handle) error) error {
 	if pins == nil {
 		return precondition("there is no sandbox yet")
 	}
-	h, err := netlink.NewHandleAt(netns.NsHandle(pins.net.file.Fd()))
+	h, err := netlink.NewHandleAt(netns.NsHandle(pins.net.file.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}

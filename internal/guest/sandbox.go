@@ -38,7 +38,7 @@ type sandbox struct {
 	mu         sync.Mutex
 	id         string                // guarded by mu
 	pinned     *pinned               // guarded by mu; nil: there is no sandbox
-	pidns      *namespace            // of the first container; guarded by mu
+	pidOwner   *process              // the first process of the shared pid namespace; guarded by mu
 	containers map[string]*container // guarded by mu
 	closing    bool                  // guarded by mu
 
@@ -226,7 +226,7 @@ func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, shared
 	}
 	pid := specs.LinuxNamespace{Type: specs.PIDNamespace}
 	if sharedPID {
-		pid.Path = b.pidns.path()
+		pid.Path = b.sharedPIDLocked()
 	}
 	list = append(list, pid)
 	if slices.ContainsFunc(want, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
@@ -244,20 +244,22 @@ func pathOf(list []specs.LinuxNamespace, kind specs.LinuxNamespaceType) string {
 	return ""
 }
 
-// sharePID keeps the pid namespace of the first container, for those that want
-// to share it.
+// sharePID makes the pid namespace of the first container, or of the first one
+// since that died, the one that others can share.
 func (b *sandbox) sharePID(p *process) {
-	ns, err := openNamespace(fmt.Sprintf("/proc/%d/ns/pid", p.pid))
-	if err != nil {
-		return // it has died, and its namespace with it
-	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.pidns != nil {
-		ns.close()
-		return
+	if b.pidOwner == nil || b.pidOwner.ended() {
+		b.pidOwner = p
 	}
-	b.pidns = ns
+}
+
+// sharedPIDLocked is the path of that namespace; a dead one cannot be joined.
+func (b *sandbox) sharedPIDLocked() string {
+	if b.pidOwner == nil || b.pidOwner.ended() {
+		return ""
+	}
+	return fmt.Sprintf("/proc/%d/ns/pid", b.pidOwner.pid)
 }
 
 // DestroySandbox implements the protocol. Serve returns after it.
@@ -296,9 +298,5 @@ func (b *sandbox) destroy(ctx context.Context) {
 	if err := b.undo.Run(); err != nil {
 		log.G(ctx).WithError(err).Warn("sandbox not cleaned up")
 	}
-	b.mu.Lock()
-	_ = b.pidns.close()
-	b.pidns = nil
-	b.mu.Unlock()
 	close(b.destroyed)
 }

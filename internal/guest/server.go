@@ -122,7 +122,11 @@ func listen(addr string) (rpc, streams net.Listener, err error) {
 		if path != "" {
 			return net.Listen("unix", path) //nolint:noctx // a local name, for tests
 		}
-		return vsock.ListenGuest(port)
+		l, err := vsock.ListenGuest(port)
+		if err != nil {
+			return nil, err
+		}
+		return piecewiseListener{l}, nil
 	}
 	if rpc, err = open(rpcPort, path); err != nil {
 		return nil, nil, fmt.Errorf("listen for rpc: %w", err)

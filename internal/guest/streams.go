@@ -206,7 +206,7 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		conn.Close()
 		<-left
 	}()
-	buf := make([]byte, chunkHead+extension.MaxChunk)
+	buf := make([]byte, maxPacket)
 	for {
 		n, err := out.read(ctx, buf[chunkHead:])
 		if errors.Is(err, io.EOF) {
