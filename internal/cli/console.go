@@ -2,12 +2,24 @@ package cli
 
 import (
 	"context"
-	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
-func console(_ context.Context, c *call) error {
-	if _, err := c.one(); err != nil {
+func console(ctx context.Context, c *call) error {
+	e, err := c.one()
+	if err != nil {
 		return err
 	}
-	return errors.New("not yet")
+	text, err := sandbox.ReadConsole(ctx, e.Dir)
+	if err != nil {
+		return err
+	}
+	if c.json {
+		return c.print(strings.Split(text, "\n"), nil)
+	}
+	_, err = fmt.Fprintln(c.stdout, text)
+	return err
 }

@@ -3,8 +3,11 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,7 +31,7 @@ func TestScript(t *testing.T) {
 			env.Setenv("VMSHIM_CONFIG", config)
 			return os.WriteFile(config, []byte("state_dir = '"+filepath.Join(env.WorkDir, "vm")+"'\n"), 0o600)
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"sandbox": writeSandbox},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"sandbox": writeSandbox, "answer": answerConsole},
 	})
 }
 
@@ -57,4 +60,26 @@ func writeSandbox(ts *testscript.TestScript, _ bool, args []string) {
 	dir := ts.MkAbs(filepath.Join("vm", args[0]))
 	ts.Check(os.MkdirAll(dir, 0o700))
 	ts.Check(os.WriteFile(filepath.Join(dir, "state.json"), text, 0o600))
+}
+
+// answerConsole is the script command 'answer DIR': it answers for the
+// sandbox's console as its shim would.
+func answerConsole(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("unix", ts.MkAbs(filepath.Join("vm", args[0], "con")))
+	ts.Check(err)
+	var served sync.WaitGroup
+	served.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, `"line one\nline two"`)
+			_ = conn.Close()
+		}
+	})
+	ts.Defer(func() {
+		_ = l.Close()
+		served.Wait()
+	})
 }

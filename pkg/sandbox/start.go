@@ -120,7 +120,7 @@ func (s *Sandbox) setErr(err error) {
 func (s *Sandbox) boot(ctx context.Context, spec *specs.Spec, undo *cleanup.Stack) error {
 	machine := s.machineSpec(spec)
 	for _, step := range []func(context.Context, *specs.Spec, *hypervisor.Spec, *cleanup.Stack) error{
-		s.makeDir, s.makeState, s.joinCgroup, s.makeShare, s.startMachine, s.findAgent, s.startSandbox,
+		s.makeDir, s.makeState, s.joinCgroup, s.makeShare, s.startMachine, s.serveConsole, s.findAgent, s.startSandbox,
 	} {
 		if err := context.Cause(ctx); err != nil {
 			return err
