@@ -14,6 +14,10 @@ func TestE2EExec(tt *testing.T) {
 		t.equal("last line of stderr", lastLine(r.stderr), "err")
 		t.equal("exit code", r.code, 9)
 
+		r = t.try("hello\n", "task", "exec", "--exec-id", "line", id, "cat")
+		if r.stdout != "hello\n" || r.code != 0 {
+			t.Errorf("a line of stdin: %q came back, exit code %d: %s", r.stdout, r.code, r.stderr)
+		}
 		input := strings.Repeat("0123456789abcde\n", 8<<10)
 		r = t.try(input, "task", "exec", "--exec-id", "stdin", id, "cat")
 		if r.stdout != input || r.code != 0 {

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -72,7 +74,7 @@ func TestMain(m *testing.M) {
 }
 
 func start(generation string) (*host, error) {
-	dir, err := os.MkdirTemp("", "vm")
+	dir, err := os.MkdirTemp("", "vme2e")
 	if err != nil {
 		return nil, err
 	}
@@ -216,6 +218,19 @@ var execs int
 func execID() string {
 	execs++
 	return fmt.Sprintf("e%d", execs)
+}
+
+var exitCode = regexp.MustCompile(`non-zero exit code (\d+)`)
+
+// deleteTask deletes a task that has ended and returns its exit code. ctr 2.x
+// says it, those before end with it.
+func (t *test) deleteTask(id string) int {
+	t.Helper()
+	r := t.try("", "task", "delete", id)
+	if m := exitCode.FindStringSubmatch(r.stderr); m != nil {
+		r.code, _ = strconv.Atoi(m[1])
+	}
+	return r.code
 }
 
 // status is the task's, as 'ctr task ls' says it.

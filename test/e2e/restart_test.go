@@ -21,7 +21,7 @@ func TestE2ERestart(tt *testing.T) {
 		t.equal("exec", t.exec(id, "echo", "fine"), "fine\n")
 		write(t, dir+"/end", "")
 		t.eventually("the task is stopped", func() bool { return t.status(id) == "STOPPED" })
-		t.equal("exit code", t.try("", "task", "delete", id).code, 6)
+		t.equal("exit code", t.deleteTask(id), 6)
 	})
 }
 
@@ -93,7 +93,7 @@ func TestE2EMachineKilled(tt *testing.T) {
 				}
 				t.eventually("the task is stopped", func() bool { return t.status(id) == "STOPPED" })
 				events.sees("/tasks/exit", id)
-				t.equal("exit code", t.try("", "task", "delete", id).code, 137)
+				t.equal("exit code", t.deleteTask(id), 137)
 			})
 		})
 	}
