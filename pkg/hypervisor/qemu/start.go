@@ -121,9 +121,6 @@ func (vm *VM) boot(ctx context.Context) error {
 	return nil
 }
 
-// dyingTimeout is how long a QEMU that broke its connection may take to end.
-const dyingTimeout = 2 * time.Second
-
 // orGone waits a moment for the end of a process that would explain the error.
 func (vm *VM) orGone(ctx context.Context, err error) error {
 	select {

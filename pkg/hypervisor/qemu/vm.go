@@ -212,8 +212,13 @@ func (vm *VM) isDown() bool {
 }
 
 // grace is how much later the cause may be seen than what it caused: QEMU's end
-// than a helper's, or than that of the QMP connection.
-const grace = 50 * time.Millisecond
+// than a helper's, or than that of the QMP connection. dyingTimeout is that for
+// a QEMU which ends in good order: it lets its helpers go, which end in good
+// order too, before it gives the guest's memory back.
+const (
+	grace        = 50 * time.Millisecond
+	dyingTimeout = 2 * time.Second
+)
 
 // watch waits for a process to end, and ends the machine with it.
 func (vm *VM) watch(p *process) {
@@ -227,12 +232,16 @@ func (vm *VM) watch(p *process) {
 		return
 	}
 	if qemu := vm.theQEMU(); qemu != nil {
+		patience := grace
+		if p.err == nil {
+			patience = dyingTimeout
+		}
 		select {
 		case <-qemu.done:
 			return
 		case <-vm.down:
 			return
-		case <-time.After(grace):
+		case <-time.After(patience):
 		}
 	}
 	vm.fail(p.Role + " ended: " + p.end())
