@@ -37,7 +37,7 @@ func run() int {
 }
 
 func demo(ctx context.Context) (err error) {
-	dir, err := os.MkdirTemp("", "vm")
+	dir, err := os.MkdirTemp("", "vmdemo")
 	if err != nil {
 		return err
 	}

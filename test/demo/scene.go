@@ -22,7 +22,7 @@ type scene struct {
 	local *daemon.Local
 	id    string
 	main  *exec.Cmd // 'ctr run', in the foreground
-	ended chan error
+	ended chan struct{} // closed when main was reaped
 }
 
 func (s *scene) play(ctx context.Context) error {
@@ -78,8 +78,11 @@ func (s *scene) start(ctx context.Context) error {
 	for lines.Scan() && lines.Text() != "ready" {
 		fmt.Fprintln(&guest, lines.Text())
 	}
-	s.ended = make(chan error, 1)
-	go func() { s.ended <- s.main.Wait() }() // joined by clear
+	s.ended = make(chan struct{})
+	go func() { // joined by clear
+		_ = s.main.Wait() // its exit code is looked at
+		close(s.ended)
+	}()
 	fmt.Printf("guest:\n%s", indent(guest.String()))
 	if lines.Text() != "ready" {
 		return fmt.Errorf("the container ended: %s", stderr.String())
@@ -140,7 +143,7 @@ func (s *scene) kill(ctx context.Context) error {
 		return err
 	}
 	select {
-	case <-s.ended: // it removes the container itself: --rm
+	case <-s.ended: // with an error, the exit code; it removes the container itself: --rm
 	case <-ctx.Done():
 		return fmt.Errorf("'ctr run' does not end: %w", ctx.Err())
 	}
@@ -155,9 +158,14 @@ func (s *scene) kill(ctx context.Context) error {
 func (s *scene) clear(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if s.main != nil && s.main.Process != nil && s.main.ProcessState == nil {
+	if s.ended != nil {
 		_ = s.Ctr(ctx, "task", "kill", "--signal", "SIGKILL", s.id).Run()
-		_ = s.main.Cancel()
+		select {
+		case <-s.ended:
+		case <-ctx.Done():
+			_ = s.main.Process.Kill()
+			<-s.ended
+		}
 	}
 	left, err := s.Leftovers(s.local.StateDir(), s.id)
 	for tick := time.Tick(50 * time.Millisecond); err == nil && len(left) > 0 && ctx.Err() == nil; <-tick {

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+)
+
+// This program runs in the container too, bind-mounted: as the other end of
+// what is measured.
+
+const (
+	guestCommand = "in-guest"
+	guestPort    = 5005
+	volume       = 20 << 20 // bytes that a stream carries
+)
+
+// What the program does in the guest.
+const (
+	actSource = "source" // writes the volume to stdout
+	actSink   = "sink"   // reads stdin to its end and says how much it was
+	actRaw    = "raw"    // serves raw vsock connections: 'r' is answered by the volume, 'w' is followed by it
+)
+
+func guestMain(args []string) int {
+	var err error
+	switch args[0] {
+	case actSource:
+		err = pour(os.Stdout)
+	case actSink:
+		var n int64
+		if n, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{os.Stdin}, make([]byte, 64<<10)); err == nil {
+			_, err = fmt.Println(strconv.FormatInt(n, 10))
+		}
+	case actRaw:
+		err = serveRaw()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// pour writes the volume.
+func pour(w io.Writer) error {
+	chunk := make([]byte, 64<<10)
+	for range volume / len(chunk) {
+		if _, err := w.Write(chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func serveRaw() error {
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, guestPort, nil)
+	if err != nil {
+		return err
+	}
+	fmt.Println("listening")
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		if err := answerRaw(conn); err != nil {
+			return err
+		}
+	}
+}
+
+func answerRaw(conn io.ReadWriteCloser) error {
+	what := make([]byte, 1)
+	if _, err := io.ReadFull(conn, what); err != nil {
+		return err
+	}
+	var err error
+	if what[0] == 'r' {
+		err = pour(conn)
+	} else {
+		buf := make([]byte, 64<<10)
+		for n := 0; err == nil && n < volume; {
+			var m int
+			m, err = conn.Read(buf)
+			n += m
+		}
+	}
+	// One byte each way at the end: it has arrived, and nobody hangs up early.
+	if err == nil {
+		_, err = conn.Write([]byte{'.'})
+	}
+	if err == nil {
+		_, err = conn.Read(what)
+		if errors.Is(err, io.EOF) {
+			err = nil
+		}
+	}
+	return errors.Join(err, conn.Close())
+}

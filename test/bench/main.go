@@ -1,0 +1,111 @@
+// Command bench measures what users feel of a container in a machine, each
+// against something measured beside it in the same run: a machine that does
+// nothing, a raw vsock stream, runc. Absolute times say little, ratios do.
+//
+// It prints a table, writes JSON with -json, and fails when a number is worse
+// than its limit.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/vmshim/vmshim/test/daemon"
+)
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	if len(os.Args) > 1 && os.Args[1] == guestCommand {
+		return guestMain(os.Args[2:])
+	}
+	var (
+		jsonPath = flag.String("json", "", "write the results to this `file`")
+		runs     = flag.Int("runs", 5, "`times` that each thing is measured; the median counts")
+		cycles   = flag.Int("cycles", 200, "`times` that a container is created, started, killed and deleted")
+		only     = flag.String("only", "", "comma-separated `parts` to measure: start, exec, stdio, memory, execs, cycles")
+	)
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	results, err := bench(ctx, *runs, *cycles, *only)
+	if err == nil && *jsonPath != "" {
+		err = writeJSON(*jsonPath, results)
+	}
+	if err == nil {
+		results.print(os.Stdout)
+		err = results.verdict()
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// A rig is what everything is measured on.
+type rig struct {
+	*daemon.Daemon
+	local *daemon.Local
+	runs  int
+	ids   int
+}
+
+func bench(ctx context.Context, runs, cycles int, only string) (_ *results, err error) {
+	dir, err := os.MkdirTemp("", "vmbench")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	local, err := daemon.NewLocal(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := local.Built(); err != nil {
+		return nil, err
+	}
+	// Debian's, because its shim for runc speaks the same task API as ours.
+	d, err := local.Start(ctx, "debian")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Stop()) }()
+	r := &rig{Daemon: d, local: local, runs: runs}
+	res := &results{Host: r.host(ctx)}
+	for _, part := range []struct {
+		name string
+		f    func(context.Context, *results) error
+	}{
+		{"start", r.start},
+		{"exec", r.exec},
+		{"stdio", r.stdio},
+		{"memory", r.memory},
+		{"execs", func(ctx context.Context, res *results) error { return r.execs(ctx, res, max(cycles, 20)) }},
+		{"cycles", func(ctx context.Context, res *results) error { return r.cycle(ctx, res, cycles) }},
+	} {
+		if only != "" && !slices.Contains(strings.Split(only, ","), part.name) {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "measuring %s\n", part.name)
+		if err := part.f(ctx, res); err != nil {
+			return nil, fmt.Errorf("%s: %w", part.name, err)
+		}
+	}
+	return res, nil
+}
+
+func writeJSON(path string, v any) error {
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, append(text, '\n'), 0o644)
+}

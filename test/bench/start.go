@@ -1,0 +1,197 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vmshim/vmshim/internal/guest/boot"
+	"github.com/vmshim/vmshim/pkg/config"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+	"github.com/vmshim/vmshim/pkg/sandbox"
+	"github.com/vmshim/vmshim/pkg/storage"
+	"github.com/vmshim/vmshim/test/ociimage"
+)
+
+const (
+	machineRuntime = "io.containerd.vm.v2"
+	runcRuntime    = "io.containerd.runc.v2"
+)
+
+func (r *rig) host(ctx context.Context) map[string]string {
+	h := map[string]string{
+		"machine":    fmt.Sprintf("%s, %d CPUs", runtime.GOARCH, runtime.NumCPU()),
+		"containerd": "containerd " + r.Version,
+	}
+	if cfg, err := config.Load(r.local.ShimConfig()); err == nil {
+		if host, err := qemu.Probe(ctx, r.qemu(cfg)); err == nil {
+			h["accelerator"] = "QEMU " + host.Version + " with " + host.Accelerator
+		}
+	}
+	return h
+}
+
+// start measures from 'shim start' to the first byte of output, against the
+// same machine with a first process that prints a line, and against runc.
+// They take turns, so that a busy host disturbs all alike.
+func (r *rig) start(ctx context.Context, res *results) error {
+	var bare, shim, whole, runc []time.Duration
+	for range r.runs {
+		t, err := r.bareBoot(ctx)
+		if err != nil {
+			return fmt.Errorf("bare machine: %w", err)
+		}
+		bare = append(bare, t)
+		inner, outer, err := r.firstByte(ctx, machineRuntime)
+		if err != nil {
+			return fmt.Errorf("container in a machine: %w", err)
+		}
+		shim, whole = append(shim, inner), append(whole, outer)
+		if _, outer, err = r.firstByte(ctx, runcRuntime); err != nil {
+			return fmt.Errorf("container of runc: %w", err)
+		}
+		runc = append(runc, outer)
+	}
+	res.add(result{Name: "bare machine, exec of QEMU to first line", Value: median(bare), Unit: "ms"})
+	res.add(result{Name: "shim start to first byte", Value: median(shim), Unit: "ms", Against: "bare machine, exec of QEMU to first line", AtMost: 1.3})
+	res.add(result{Name: "ctr run to first byte, runc", Value: median(runc), Unit: "ms"})
+	res.add(result{Name: "ctr run to first byte", Value: median(whole), Unit: "ms", Against: "ctr run to first byte, runc"})
+	return nil
+}
+
+// bareBoot starts the machine that a sandbox gets, with an image whose first
+// process prints one line and powers off.
+func (r *rig) bareBoot(ctx context.Context) (_ time.Duration, err error) {
+	cfg, err := config.Load(r.local.ShimConfig())
+	if err != nil {
+		return 0, err
+	}
+	host, err := qemu.Probe(ctx, r.qemu(cfg))
+	if err != nil {
+		return 0, err
+	}
+	dir, err := os.MkdirTemp(r.local.Dir, "b")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	share := filepath.Join(dir, "share")
+	if err := os.Mkdir(share, 0o755); err != nil {
+		return 0, err
+	}
+	spec := cfg.Sandbox.Machine
+	spec.Name = "bare"
+	spec.KernelParams = append(slices.Clip(spec.KernelParams), boot.TrivialParam)
+	spec.Shares = []hypervisor.Share{{Tag: storage.Tag, Dir: share}}
+	began := make(chan time.Time, 1)
+	vm, err := qemu.Start(ctx, spec, qemu.Options{
+		Config: cfg.QEMU, Host: host, Dir: dir,
+		Started: func(p hypervisor.Process) error {
+			if p.Role == "qemu" {
+				began <- time.Now()
+			}
+			return nil
+		},
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, vm.Kill()) }()
+	for tick := time.Tick(time.Millisecond); ; {
+		ended := false
+		select {
+		case <-tick:
+		case <-vm.Done():
+			ended = true
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+		if strings.Contains(vm.Console(), strings.TrimSpace(boot.TrivialLine)) {
+			return time.Since(<-began), nil
+		}
+		if ended {
+			return 0, fmt.Errorf("it ended without a word: %w", vm.Err())
+		}
+	}
+}
+
+// qemu is the configuration with the helper that lies beside the shim, where
+// containerd's PATH finds it.
+func (r *rig) qemu(cfg config.Config) qemu.Config {
+	q := cfg.QEMU
+	if path := filepath.Join(r.local.ShimDir(), "vhost-device-vsock"); q.VhostDeviceVsock == "" {
+		if _, err := os.Stat(path); err == nil {
+			q.VhostDeviceVsock = path
+		}
+	}
+	return q
+}
+
+// firstByte runs a container that says a word and stays, and returns how long
+// that took: as the shim's time line has it (machines only), and as ctr's user
+// sees it.
+func (r *rig) firstByte(ctx context.Context, runtime string) (inner, outer time.Duration, err error) {
+	id := r.id()
+	cmd := r.Ctr(ctx, "run", "--rm", "--runtime", runtime, ociimage.Name, id, "sh", "-c", "echo ready; exec sleep 1000")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, 0, err
+	}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, 0, err
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	outer = time.Since(began)
+	if err == nil && line != "ready\n" {
+		err = fmt.Errorf("first line %q", line)
+	}
+	if err == nil && runtime == machineRuntime {
+		inner, err = r.timeline(ctx, id)
+	}
+	killed := r.Ctr(ctx, "task", "kill", "--signal", "SIGKILL", id).Run()
+	_ = cmd.Wait() // exit code 137
+	return inner, outer, errors.Join(err, killed)
+}
+
+// timeline reads from a sandbox's state how long its start took. The first
+// output is written there after it has arrived here.
+func (r *rig) timeline(ctx context.Context, id string) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for tick := time.Tick(10 * time.Millisecond); ; {
+		st, err := r.state(id)
+		if err != nil {
+			return 0, err
+		}
+		at := map[string]time.Time{}
+		for _, p := range st.Timeline {
+			at[p.Name] = p.At
+		}
+		if !at[sandbox.PhaseOutput].IsZero() {
+			return at[sandbox.PhaseOutput].Sub(at[sandbox.PhaseShim]), nil
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+			return 0, fmt.Errorf("the time line of %s has no output in it: %v", id, st.Timeline)
+		}
+	}
+}
+
+func (r *rig) state(id string) (*sandbox.State, error) {
+	return sandbox.ReadState(sandbox.Dir(r.local.StateDir(), r.Address(), "default", id))
+}
+
+func (r *rig) id() string {
+	r.ids++
+	return fmt.Sprintf("bench-%d-%d", os.Getpid(), r.ids)
+}
