@@ -108,7 +108,7 @@ fuzz: ## every fuzz test for FUZZTIME (30s)
 
 .PHONY: bench
 bench: all containerds ## start, exec, stdio and memory, as ratios: _output/bench.json
-	go run ./test/bench -json $(OUT)/bench.json
+	CGO_ENABLED=0 go run ./test/bench -json $(OUT)/bench.json
 
 .PHONY: demo
 demo: all ## a container in a machine, through containerd, step by step

@@ -44,8 +44,10 @@ func (r *rig) cycle(ctx context.Context, res *results, n int) error {
 		what          string
 		before, after int
 	}{
-		{"processes", before.processes, after.processes}, {"mounts", before.mounts, after.mounts},
-		{"files", before.files, after.files}, {"control groups", before.cgroups, after.cgroups},
+		{"processes", before.processes, after.processes},
+		{"mounts", before.mounts, after.mounts},
+		{"files", before.files, after.files},
+		{"control groups", before.cgroups, after.cgroups},
 	} {
 		res.add(result{Name: growth.what + " that the cycles left", Value: float64(growth.after - growth.before), None: true})
 	}

@@ -21,7 +21,7 @@ type scene struct {
 	*daemon.Daemon
 	local *daemon.Local
 	id    string
-	main  *exec.Cmd // 'ctr run', in the foreground
+	main  *exec.Cmd     // 'ctr run', in the foreground
 	ended chan struct{} // closed when main was reaped
 }
 
