@@ -36,7 +36,6 @@ var allowed = map[string][]string{
 	"internal/cli":        {"internal/version", "pkg/agent/protocol", "pkg/agent", "pkg/config", "pkg/hypervisor/qemu", "pkg/sandbox"},
 	"internal/vmtest":     nil,
 	"internal/arch":       {},
-	"internal/deps":       {},
 	"cmd":                 nil, // nil: anything
 	"test":                nil,
 }
