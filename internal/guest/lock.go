@@ -35,8 +35,8 @@ func (l lock) acquire(ctx context.Context) error {
 
 func (l lock) release() { <-l }
 
-// waitFor says whether the group was done before the context was.
-func waitFor(ctx context.Context, group *sync.WaitGroup) bool {
+// waitFor waits for the group, but no longer than the context.
+func waitFor(ctx context.Context, group *sync.WaitGroup) {
 	done := make(chan struct{})
 	go func() {
 		group.Wait()
@@ -44,9 +44,7 @@ func waitFor(ctx context.Context, group *sync.WaitGroup) bool {
 	}()
 	select {
 	case <-done:
-		return true
 	case <-ctx.Done():
-		return false
 	}
 }
 

@@ -5,7 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/url"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,8 +18,13 @@ import (
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
-// closeTimeout bounds how long the last answers may take to leave.
-const closeTimeout = 2 * time.Second
+const (
+	// closeTimeout bounds how long the last answers may take to leave.
+	closeTimeout = 2 * time.Second
+	// hangUpGrace is what a host has to take them and hang up first: clients of
+	// ttrpc may forget an answer when the connection closes right behind it.
+	hangUpGrace = 50 * time.Millisecond
+)
 
 // A server is what listens, and the sandbox that it serves.
 type server struct {
@@ -40,21 +46,19 @@ func Serve(ctx context.Context, cfg Config) error {
 }
 
 func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err error) {
-	defer rpc.Close()
-	defer streams.Close()
 	watch, err := newWatcher()
 	if err != nil {
-		return err
+		return errors.Join(err, rpc.Close(), streams.Close())
 	}
 	s := &server{cfg: cfg, sandbox: newSandbox(cfg, watch)}
 	if s.rpc, err = newRPC(s); err != nil {
-		return errors.Join(err, watch.close())
+		return errors.Join(err, rpc.Close(), streams.Close(), watch.close())
 	}
 	var (
 		jobs       sync.WaitGroup
 		failed     = make(chan error, 3)
 		life, stop = context.WithCancel(ctx)
-		conns      = &countingListener{Listener: rpc}
+		conns      = newAnsweringListener(rpc)
 	)
 	jobs.Go(func() { failed <- fmt.Errorf("serve rpc: %w", s.rpc.Serve(life, conns)) })
 	jobs.Go(func() { failed <- fmt.Errorf("serve streams: %w", s.serveStreams(life, streams)) })
@@ -67,28 +71,29 @@ func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err erro
 		err = ctx.Err()
 	case err = <-failed:
 	}
-	s.shutdown(ctx, stop, conns, streams)
-	err = errors.Join(err, watch.close())
+	s.end(ctx)
+	stop() // and with it all long calls
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	answered := conns.answered(ctx)
+	grace, hungUp := context.WithTimeout(ctx, hangUpGrace)
+	conns.closed(grace)
+	hungUp()
+	err = errors.Join(err, streams.Close(), s.rpc.Close(), watch.close())
 	jobs.Wait()
+	s.handshakes.Wait()
+	if !conns.closed(ctx) || !answered {
+		log.G(ctx).Warn("connections did not end")
+	}
 	return err
 }
 
-// shutdown ends what serve has started. Long calls end with their context, then
-// the last answers leave.
-func (s *server) shutdown(ctx context.Context, stop func(), conns *countingListener, streams net.Listener) {
+// end destroys the sandbox, unless that was done already or hangs.
+func (s *server) end(ctx context.Context) {
 	if s.sandbox.setup.tryAcquire() {
+		defer s.sandbox.setup.release()
 		s.sandbox.destroy(ctx)
-		s.sandbox.setup.release()
 	}
-	stop()
-	streams.Close()
-	_ = s.rpc.Close() // connections close when they have answered
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
-	defer cancel()
-	if !waitFor(ctx, &conns.conns) {
-		log.G(ctx).Warn("connections did not end")
-	}
-	s.handshakes.Wait()
 }
 
 func newRPC(s *server) (*ttrpc.Server, error) {
@@ -145,45 +150,16 @@ func parseAddr(addr string) (port uint32, path string, err error) {
 	if addr == "" {
 		return extension.AgentPort, "", nil
 	}
-	u, err := url.Parse(addr)
-	if err != nil {
-		return 0, "", invalid("address: %s", err)
-	}
-	switch u.Scheme {
-	case "unix":
-		if path = u.Host + u.Path; path != "" {
-			return 0, path, nil
-		}
-	case "vsock":
-		var cid int
-		if n, _ := fmt.Sscanf(u.Host, "%d:%d", &cid, &port); n == 2 && port != 0 && port != extension.StreamPort {
-			return port, "", nil
+	kind, rest, _ := strings.Cut(addr, "://")
+	switch {
+	case kind == "unix" && rest != "":
+		return 0, rest, nil
+	case kind == "vsock":
+		_, number, _ := strings.Cut(rest, ":")
+		n, err := strconv.ParseUint(number, 10, 32)
+		if err == nil && n != 0 && n != extension.StreamPort {
+			return uint32(n), "", nil
 		}
 	}
 	return 0, "", invalid("address %q", addr)
-}
-
-// A countingListener knows how many of its connections are open.
-type countingListener struct {
-	net.Listener
-	conns sync.WaitGroup
-}
-
-func (l *countingListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	l.conns.Add(1)
-	return &countedConn{Conn: conn, closed: sync.OnceFunc(l.conns.Done)}, nil
-}
-
-type countedConn struct {
-	net.Conn
-	closed func()
-}
-
-func (c *countedConn) Close() error {
-	defer c.closed()
-	return c.Conn.Close()
 }
