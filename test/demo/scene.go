@@ -50,7 +50,7 @@ func (s *scene) start(ctx context.Context) error {
 	if err := os.Mkdir(s.share(), 0o755); err != nil {
 		return err
 	}
-	const script = "uname -a; grep -E 'MemTotal|MemAvailable' /proc/meminfo"
+	const script = "uname -a; grep -E \"MemTotal|MemAvailable\" /proc/meminfo"
 	host, err := exec.CommandContext(ctx, ociimage.Busybox, "sh", "-c", script).Output()
 	if err != nil {
 		return err
@@ -62,7 +62,7 @@ func (s *scene) start(ctx context.Context) error {
 		"--mount", "type=bind,src=" + s.share() + ",dst=/shared,options=rbind:rw",
 		ociimage.Name, s.id, "sh", "-c", script + "; echo ready; exec sleep 1000",
 	}
-	fmt.Println("$ ctr " + strings.Join(args, " "))
+	command("ctr", args)
 	s.main = s.Ctr(context.WithoutCancel(ctx), args...) // ended by clear
 	out, err := s.main.StdoutPipe()
 	if err != nil {
@@ -104,7 +104,7 @@ func (s *scene) exec(ctx context.Context) error {
 
 func (s *scene) terminal(ctx context.Context) error {
 	args := []string{"task", "exec", "--tty", "--exec-id", "tty", s.id, "sh", "-c", "tty; stty size"}
-	fmt.Println("$ ctr " + strings.Join(args, " "))
+	command("ctr", args)
 	t, err := daemon.OpenTerminal(s.Ctr(ctx, args...), 28, 97)
 	if err != nil {
 		return err
@@ -179,7 +179,7 @@ func (s *scene) clear(ctx context.Context) error {
 
 // ctr runs ctr and shows it.
 func (s *scene) ctr(ctx context.Context, stdin string, args ...string) (string, error) {
-	fmt.Println("$ ctr " + strings.Join(args, " "))
+	command("ctr", args)
 	cmd := s.Ctr(ctx, args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var stderr bytes.Buffer
@@ -200,10 +200,22 @@ func vmshim(ctx context.Context, local *daemon.Local, args ...string) *exec.Cmd 
 }
 
 func show(cmd *exec.Cmd) error {
-	fmt.Println("$ vmshim " + strings.Join(cmd.Args[1:], " "))
+	command("vmshim", cmd.Args[1:])
 	out, err := cmd.CombinedOutput()
 	fmt.Print(indent(string(out)))
 	return err
+}
+
+// command shows a command line as a shell takes it.
+func command(name string, args []string) {
+	fmt.Print("$ ", name)
+	for _, arg := range args {
+		if strings.ContainsAny(arg, " ;|<>$") {
+			arg = "'" + strings.ReplaceAll(arg, "'", `'\''`) + "'"
+		}
+		fmt.Print(" ", arg)
+	}
+	fmt.Println()
 }
 
 func indent(text string) string {
