@@ -72,17 +72,17 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	// user while the file is not.
 	a.add("-kernel", fdPath(fd.Kernel))
 	a.add("-initrd", fdPath(fd.Initrd))
-	a.add("-append", strings.Join(kernelParams(spec, host, ready), " "))
+	a.add("-append", strings.Join(kernelParams(spec, ready), " "))
 	return a
 }
 
-// machine leaves out what a guest without a screen, keyboard and old disks
-// never looks for. Properties that this type of machine lacks are not named.
+// machine leaves out what a guest without a screen and old disks never looks
+// for, and the HPET, against which it would calibrate its clocks for long.
 func machine(spec hypervisor.Spec, host Host) string {
 	options := []string{host.Machine, "memory-backend=mem", "dump-guest-core=off", "mem-merge=off", "usb=off"}
 	switch spec.Arch {
 	case "amd64":
-		options = append(options, "smm=off", "vmport=off", "smbus=off", "sata=off")
+		options = append(options, "hpet=off", "smm=off", "vmport=off", "smbus=off", "sata=off")
 	case "arm64":
 		options = append(options, "gic-version=max")
 	}
@@ -93,10 +93,13 @@ func cpu(cfg Config, host Host) string {
 	if cfg.CPU != "" {
 		return cfg.CPU
 	}
-	if host.Accelerator == "kvm" {
+	switch {
+	case host.Accelerator == KVM:
 		return "host"
+	case host.Arch == "arm64":
+		return "max,pauth-impdef=on" // the architected algorithm is slow to emulate
 	}
-	return "max"
+	return "max,erms=off,fsrm=off" // "rep movsb" goes byte by byte: kernels are to copy words
 }
 
 type argv []string

@@ -35,7 +35,7 @@ type Config struct {
 	Accelerator      string // "auto", "kvm" or "tcg"
 	Vsock            string // "auto", "kernel" or "vhost-user"
 	Machine          string // machine type; empty: the newest versioned q35 (virt on arm64)
-	CPU              string // -cpu; empty: host under KVM, max under TCG
+	CPU              string // -cpu; empty: host under KVM, max without what is slow to emulate under TCG
 	VhostDeviceVsock string // vhost-device-vsock's binary; empty: in PATH
 	Virtiofsd        string // virtiofsd's binary; empty: the places where distributions put it
 	VirtiofsdCache   string // "auto", "always", "never"
