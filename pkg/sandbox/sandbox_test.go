@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -146,6 +147,10 @@ func TestRootExec(t *testing.T) {
 			<-p.Signals // SIGUSR1 ends it
 			return 0
 		}
+		if p.Exec.GetProcess().GetArgs()[0] == "long" {
+			_, _ = p.Stdin.Read(make([]byte, 1))
+			return 0
+		}
 		fmt.Fprintf(p.Stdout, "%s %v", p.Exec.GetProcess().GetArgs()[0], p.Exec.GetProcess().GetConsoleSize().GetWidth())
 		return 5
 	}
@@ -179,6 +184,9 @@ func TestRootExec(t *testing.T) {
 		t.Fatal(err)
 	}
 	fails(t, p.Start(t.Context()), errdefs.ErrFailedPrecondition)
+	if err := p.Resize(t.Context(), 24, 82); err != nil {
+		t.Error(err)
+	}
 	if got := readAll(t, p.Stdout()); got != "sh 81" {
 		t.Errorf("stdout %q", got)
 	}
@@ -199,7 +207,36 @@ func TestRootExec(t *testing.T) {
 		t.Errorf("first process: %v %v", p, err)
 	}
 
-	if err := c.Kill(t.Context(), uint32(syscall.SIGUSR1), false); err != nil {
+	long, err := c.Exec(t.Context(), ExecConfig{ID: "long", Process: &specs.Process{Args: []string{"long"}, Cwd: "/", ApparmorProfile: "x"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := long.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, long.Delete(t.Context()), errdefs.ErrFailedPrecondition)
+	if err := long.Kill(t.Context(), uint32(syscall.SIGKILL)); err != nil {
+		t.Error(err)
+	}
+	ended(t, "process", long.Done())
+	if got := long.Exit().Code; got != 137 {
+		t.Errorf("exit code %d", got)
+	}
+
+	missing, err := c.Exec(t.Context(), ExecConfig{ID: "missing", Process: cfg.Process})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.peer.Handle("ExecProcess", func(context.Context, proto.Message) (proto.Message, error) {
+		return nil, errors.New("executable file not found")
+	})
+	fails(t, missing.Start(t.Context()), nil, "start \"missing\" in container \"c1\"", "executable file not found")
+	if err := missing.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+
+	fails(t, c.Init().Delete(t.Context()), errdefs.ErrInvalidArgument)
+	if err := c.Init().Kill(t.Context(), uint32(syscall.SIGUSR1)); err != nil {
 		t.Error(err)
 	}
 	ended(t, "container", c.Init().Done())
@@ -290,6 +327,33 @@ func TestRootKillWaitsForNothing(t *testing.T) {
 	if err := g.Wait(); err == nil {
 		t.Error("what was cancelled succeeded")
 	}
+}
+
+// TestRootKillUnheard has a guest that does not carry out a SIGKILL: what is
+// alone in its machine ends with it.
+func TestRootKillUnheard(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t)
+	s := e.running()
+	c := e.container(s, "c1")
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	defer close(release)
+	e.peer.Handle("Signal", func(context.Context, proto.Message) (proto.Message, error) {
+		<-release
+		return nil, errdefs.ErrUnavailable
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	fails(t, c.Kill(ctx, uint32(syscall.SIGTERM), false), context.DeadlineExceeded)
+	if err := c.Kill(t.Context(), uint32(syscall.SIGKILL), false); err != nil {
+		t.Error(err)
+	}
+	ended(t, "container", c.Init().Done())
+	fails(t, s.Err(), errdefs.ErrUnavailable, "did not kill its container")
+	fails(t, c.Kill(t.Context(), uint32(syscall.SIGKILL), true), errdefs.ErrNotFound)
 }
 
 func TestRootMachineDies(t *testing.T) {

@@ -62,6 +62,9 @@ type ContainerState struct {
 	Created time.Time `json:"created,omitzero"`
 }
 
+// Alive says whether the process that owns the sandbox still runs.
+func (s *State) Alive() bool { return alive(s.Shim) }
+
 // ReadState reads the state of the sandbox in dir.
 func ReadState(dir string) (*State, error) {
 	path := filepath.Join(dir, stateName)

@@ -335,6 +335,45 @@ func TestRootApplyUndone(t *testing.T) {
 	}
 }
 
+// TestRootOldBind is what kernels before 5.12 get.
+func TestRootOldBind(t *testing.T) {
+	if !private(t) {
+		return
+	}
+	src := t.TempDir()
+	write(t, src+"/f", "data")
+	tmpfs(t, src+"/sub")
+	write(t, src+"/sub/f", "sub")
+	share := newShare(t)
+	for name, b := range map[string]*Bind{
+		"rw": {Source: src, Recursive: true}, "ro": {Source: src, ReadOnly: true},
+	} {
+		target := filepath.Join(share, name)
+		if err := placeholder(target, false); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.makeOld(target); err != nil {
+			t.Fatal(err)
+		}
+		var want error
+		if b.ReadOnly {
+			want = unix.EROFS
+		}
+		if err := os.WriteFile(target+"/new", nil, 0o644); !errors.Is(err, want) {
+			t.Errorf("%s: write: %v, want %v", name, err, want)
+		}
+		if _, err := os.Stat(target + "/sub/f"); (err == nil) != b.Recursive {
+			t.Errorf("%s: what is mounted below: %v", name, err)
+		}
+	}
+	if err := (&Bind{Source: "/nowhere"}).makeOld(filepath.Join(share, "rw")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	if err := RemoveShare(share); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestLookMissing(t *testing.T) {
 	c := Container{ID: "c1", Bundle: t.TempDir(), Root: &specs.Root{Path: "rootfs"}}
 	f, err := Look("/share", c)
