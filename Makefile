@@ -20,7 +20,11 @@ help: ## list the targets
 
 .PHONY: prereqs
 prereqs: ## install the Debian packages that are missing (as root)
-	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages.txt guest/packages.txt
+
+.PHONY: prereqs-protos
+prereqs-protos:
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages-protos.txt
 
 .PHONY: build
 build: ## the shim and the command, into _output/bin
@@ -55,11 +59,11 @@ check: prereqs $(LINT) check-protos ## format, vet, lint, go.mod, generated code
 	go test -count=1 ./internal/arch
 
 .PHONY: check-protos
-check-protos:
+check-protos: prereqs-protos
 	@hack/check-protos
 
 .PHONY: protos
-protos: prereqs ## generate code from the .proto files
+protos: prereqs-protos ## generate code from the .proto files
 	pkg/agent/protocol/generate.sh
 
 .PHONY: fmt
