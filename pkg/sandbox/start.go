@@ -299,11 +299,13 @@ func machineErr(m Machine) error {
 // startSandbox creates the sandbox in the guest and starts what goes on for as
 // long as it is there.
 func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervisor.Spec, undo *cleanup.Stack) error {
+	life, quit := context.WithCancel(context.WithoutCancel(ctx))
+	undo.Add(func() error { quit(); return nil })
+	// Asked beside, and known when the first streams are opened.
+	s.jobs.Go(func() { _, _ = s.agent.Capabilities(life) })
 	if err := s.agent.StartSandbox(ctx, agent.Sandbox{Request: sandboxRequest(s.opts.ID, spec)}); err != nil {
 		return fmt.Errorf("create sandbox in the guest: %w", s.because(err))
 	}
-	life, quit := context.WithCancel(context.WithoutCancel(ctx))
-	undo.Add(func() error { quit(); return nil })
 	s.jobs.Go(func() { s.watchMachine(life) })
 	s.jobs.Go(func() { s.watchOOM(life) })
 	s.jobs.Go(func() { s.keepClock(life) })
