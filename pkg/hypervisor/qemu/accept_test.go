@@ -46,6 +46,27 @@ func TestQEMUAcceptsArgs(t *testing.T) {
 	}
 }
 
+// The other architecture can be emulated as far as that.
+func TestQEMUAcceptsArgsARM64(t *testing.T) {
+	path, err := exec.LookPath("qemu-system-aarch64")
+	if err != nil || runtime.GOARCH == "arm64" {
+		t.Skip("needs qemu-system-aarch64 (package qemu-system-arm) on another host")
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	cfg := Config{Path: path, Accelerator: TCG, Vsock: VsockVhostUser, VhostDeviceVsock: vhostDeviceVsock(), UIDBase: 2000000000}
+	host := &Host{Arch: "arm64"}
+	p := prober{cfg: cfg, host: host, root: "/", learned: openCache("")}
+	if err := p.all(t.Context()); err != nil {
+		t.Skip(err)
+	}
+	accept(t, cfg, host, func(s *hypervisor.Spec) {
+		s.Arch, s.MaxVCPUs, s.MaxMemoryMiB = "arm64", 4, 2048
+		withDevices(t)(s)
+	})
+}
+
 func accept(t *testing.T, cfg Config, host *Host, change func(*hypervisor.Spec)) {
 	t.Helper()
 	s, opts := fakeMachine(t, behaviour{})
