@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"errors"
+	"path"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
@@ -88,7 +89,7 @@ func edge(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnarySer
 	if r, ok := req.(interface{ GetID() string }); ok {
 		entry = entry.WithField("container_id", r.GetID())
 	}
-	if usual(err) {
+	if usual(err) && path.Base(info.FullMethod) != "Create" {
 		entry.Debug("call refused")
 	} else {
 		entry.Error("call failed")

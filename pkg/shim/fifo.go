@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -14,8 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openSink opens the path that containerd gave for an output.
+// openSink opens the path that containerd gave for an output, if it gave one.
 func openSink(ctx context.Context, path string) (sink, error) {
+	if path == "" {
+		return discard{}, nil
+	}
+	path = strings.TrimPrefix(path, "fifo://")
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, err
@@ -26,6 +31,13 @@ func openSink(ctx context.Context, path string) (sink, error) {
 	}
 	return openFifoSink(ctx, path), nil
 }
+
+// discard takes everything.
+type discard struct{}
+
+func (discard) Write(b []byte) (int, error) { return len(b), nil }
+func (discard) End() error                  { return nil }
+func (discard) Close() error                { return nil }
 
 // A fileSink is a file or a pipe: what was written is there.
 type fileSink struct{ *os.File }
@@ -98,32 +110,81 @@ func (s *fifoSink) Close() error {
 	return nil
 }
 
-// An input is where stdin comes from.
+// An input is where stdin comes from. It is opened when the process runs: what
+// a client can write before, it takes for read, and some clients (ctr) are not
+// ready to say the end then, and never do.
 type input struct {
-	f    *os.File
-	fifo bool
+	path  string
+	fifo  bool
+	ready chan struct{} // closed when f is set, or never will be
+
+	mu    sync.Mutex
+	f     *os.File // guarded by mu until ready is closed; nil: not open
+	ended bool     // guarded by mu
+	over  bool     // guarded by mu: ready is closed
 }
 
-// openInput opens both ends of a fifo: a writer that goes is not the end of
-// input, another one may come.
-func openInput(path string) (*input, error) {
+func newInput(path string) (*input, error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
-	in := &input{fifo: info.Mode()&fs.ModeNamedPipe != 0}
+	return &input{path: path, fifo: info.Mode()&fs.ModeNamedPipe != 0, ready: make(chan struct{})}, nil
+}
+
+// open lets run begin. Of a fifo it opens both ends: a writer that goes is not
+// the end of input, another one may come.
+func (in *input) open() error {
 	flags := os.O_RDONLY
 	if in.fifo {
 		flags = os.O_RDWR | unix.O_NONBLOCK
 	}
-	in.f, err = os.OpenFile(path, flags, 0)
-	return in, err
+	f, err := os.OpenFile(in.path, flags, 0)
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.over {
+		if err == nil {
+			_ = f.Close()
+		}
+		return err
+	}
+	if err == nil {
+		in.f = f
+		in.deadlineLocked()
+	}
+	in.over = true
+	close(in.ready)
+	return err
 }
 
 // end makes run stop behind what is in the fifo now. A file ends by itself.
 func (in *input) end() {
-	if in.fifo {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.ended = true
+	in.deadlineLocked()
+}
+
+func (in *input) deadlineLocked() {
+	if in.ended && in.fifo && in.f != nil {
 		_ = in.f.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// shut lets run end that never began.
+func (in *input) shut() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if !in.over {
+		in.over = true
+		close(in.ready)
+	}
+}
+
+// close frees. run has ended.
+func (in *input) close() {
+	if in.f != nil {
+		_ = in.f.Close()
 	}
 }
 
@@ -134,6 +195,10 @@ func (in *input) run(ctx context.Context, w io.WriteCloser) {
 			log.G(ctx).WithError(err).Debug("end of input not delivered")
 		}
 	}()
+	<-in.ready
+	if in.f == nil {
+		return
+	}
 	buf := make([]byte, copyBuffer)
 	for {
 		n, err := in.f.Read(buf)

@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,12 +53,9 @@ type sink interface {
 // A relay carries the streams of one process between the guest and what
 // containerd named.
 type relay struct {
-	stdin          *input // nil: not wanted
-	stdout, stderr sink   // nil: not wanted
+	stdin          *input // nil: there is none
+	stdout, stderr sink   // nil: there is none
 	logger         *logger
-
-	first func() // called once, after the first output was written; may be nil
-	once  sync.Once
 
 	outputs sync.WaitGroup
 	inputs  sync.WaitGroup
@@ -96,7 +92,7 @@ func newRelay(ctx context.Context, id, namespace string, s stdio) (_ *relay, err
 		return nil, err
 	}
 	if s.stdin != "" {
-		if r.stdin, err = openInput(s.stdin); err != nil {
+		if r.stdin, err = newInput(s.stdin); err != nil {
 			return nil, fmt.Errorf("open stdin: %w", err)
 		}
 	}
@@ -104,15 +100,14 @@ func newRelay(ctx context.Context, id, namespace string, s stdio) (_ *relay, err
 }
 
 func (r *relay) openPaths(ctx context.Context, s stdio) (err error) {
-	if s.stdout != "" {
-		if r.stdout, err = openSink(ctx, strings.TrimPrefix(s.stdout, "fifo://")); err != nil {
-			return fmt.Errorf("open stdout: %w", err)
-		}
+	if r.stdout, err = openSink(ctx, s.stdout); err != nil {
+		return fmt.Errorf("open stdout: %w", err)
 	}
-	if s.stderr != "" && !s.terminal {
-		if r.stderr, err = openSink(ctx, strings.TrimPrefix(s.stderr, "fifo://")); err != nil {
-			return fmt.Errorf("open stderr: %w", err)
-		}
+	if s.terminal {
+		return nil
+	}
+	if r.stderr, err = openSink(ctx, s.stderr); err != nil {
+		return fmt.Errorf("open stderr: %w", err)
 	}
 	return nil
 }
@@ -145,7 +140,8 @@ func (r *relay) openLogger(ctx context.Context, uri *url.URL, id, namespace stri
 	return nil
 }
 
-// wants says which streams somebody asked for.
+// wants says which streams are to be opened in the guest. Outputs that nobody
+// asked for are read all the same: the process must not block.
 func (r *relay) wants() (stdin, stdout, stderr bool) {
 	return r.stdin != nil, r.stdout != nil, r.stderr != nil
 }
@@ -183,9 +179,6 @@ func (r *relay) copy(ctx context.Context, dst sink, src io.Reader) {
 			r.writing.Add(1)
 			_, werr := dst.Write(buf[:n])
 			r.writing.Add(-1)
-			if r.first != nil {
-				r.once.Do(r.first)
-			}
 			r.moved.Add(int64(n))
 			r.touch()
 			if werr != nil && !warned && !errors.Is(werr, os.ErrClosed) {
@@ -242,6 +235,16 @@ func (r *relay) deliver(ctx context.Context) {
 	}
 }
 
+// openInput lets input in: the process runs.
+func (r *relay) openInput(ctx context.Context) {
+	if r.stdin == nil {
+		return
+	}
+	if err := r.stdin.open(); err != nil {
+		log.G(ctx).WithError(err).Warn("stdin not opened; the process gets none")
+	}
+}
+
 // endInput is the end of stdin, behind what is in it now.
 func (r *relay) endInput() {
 	if r.stdin != nil {
@@ -252,6 +255,9 @@ func (r *relay) endInput() {
 // close frees everything and joins the copying, whose other ends are closed.
 func (r *relay) close(ctx context.Context) {
 	r.endInput()
+	if r.stdin != nil {
+		r.stdin.shut()
+	}
 	for _, s := range []sink{r.stdout, r.stderr} {
 		if s != nil {
 			_ = s.Close()
@@ -260,7 +266,7 @@ func (r *relay) close(ctx context.Context) {
 	r.outputs.Wait()
 	r.inputs.Wait()
 	if r.stdin != nil {
-		_ = r.stdin.f.Close()
+		r.stdin.close()
 	}
 	if r.logger != nil {
 		r.logger.close(ctx)

@@ -76,8 +76,13 @@ func openRelay(tb testing.TB, s stdio, p streams) *relay {
 	}
 	if p != nil {
 		r.start(tb.Context(), p)
+		r.openInput(tb.Context())
 	}
 	tb.Cleanup(func() {
+		if g, ok := p.(*guestEnds); ok { // as the sandbox does it before
+			_ = g.out.Close()
+			_ = g.err.Close()
+		}
 		soon(tb, "close relay", func() { r.close(context.WithoutCancel(tb.Context())) })
 	})
 	return r
@@ -181,20 +186,43 @@ func TestRelayStdin(t *testing.T) {
 	})
 }
 
-// What is there before the process starts is delivered, and its end.
+// Nobody can write before the process runs: a client that is through by then
+// may not be able to say so yet (ctr is not).
 func TestRelayStdinBeforeStart(t *testing.T) {
 	s, g := fifos(t), newGuestEnds(t)
 	r := openRelay(t, stdio{stdin: s.stdin}, nil)
-	client, err := os.OpenFile(s.stdin, os.O_WRONLY, 0)
+	r.start(t.Context(), g)
+	if _, err := os.OpenFile(s.stdin, os.O_WRONLY|unix.O_NONBLOCK, 0); !errors.Is(err, unix.ENXIO) {
+		t.Errorf("open for writing before the process runs: %v", err)
+	}
+	r.openInput(t.Context())
+	client, err := os.OpenFile(s.stdin, os.O_WRONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	write(t, client, "early")
 	_ = client.Close()
 	r.endInput()
-	r.start(t.Context(), g)
+	_ = g.out.Close()
+	_ = g.err.Close()
 	soon(t, "end of input", func() {
 		if rest, err := io.ReadAll(g.in); err != nil || string(rest) != "early" {
+			t.Errorf("stdin: %q, %v", rest, err)
+		}
+	})
+}
+
+// CloseIO of a process that was not started is the end of its input.
+func TestRelayStdinEndsBeforeStart(t *testing.T) {
+	s, g := fifos(t), newGuestEnds(t)
+	r := openRelay(t, stdio{stdin: s.stdin}, nil)
+	r.start(t.Context(), g)
+	r.endInput()
+	r.openInput(t.Context())
+	_ = g.out.Close()
+	_ = g.err.Close()
+	soon(t, "end of input", func() {
+		if rest, err := io.ReadAll(g.in); err != nil || len(rest) != 0 {
 			t.Errorf("stdin: %q, %v", rest, err)
 		}
 	})
@@ -222,6 +250,7 @@ func TestRelayStdinFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.start(t.Context(), g)
+	r.openInput(t.Context())
 	client, err := os.OpenFile(s.stdin, os.O_WRONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -231,7 +260,9 @@ func TestRelayStdinFull(t *testing.T) {
 	if _, err := client.Write(make([]byte, 1<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("write to a process that does not read: %v", err)
 	}
-	_ = g.in.(io.Closer).Close() // the process ends
+	for _, end := range []io.Closer{g.in.(io.Closer), g.out, g.err} { // the process ends
+		_ = end.Close()
+	}
 	soon(t, "close relay", func() { r.close(t.Context()) })
 }
 
@@ -271,6 +302,7 @@ func TestRelayReaderComesBack(t *testing.T) {
 	out := reader(t, s.stdout)
 	write(t, g.out, "three")
 	_ = g.out.Close()
+	_ = g.err.Close()
 	if got := receive(t, "stdout", out); string(got) != "twothree" {
 		t.Errorf("stdout of the second reader: %q", got)
 	}
@@ -283,6 +315,7 @@ func TestRelaySlowReader(t *testing.T) {
 	r := openRelay(t, stdio{stdout: s.stdout}, g)
 	rnd := rand.New(rand.NewPCG(1, 2))
 	sent, got := sha256.New(), sha256.New()
+	_ = g.err.Close()
 	go func() {
 		defer g.out.Close()
 		chunk := make([]byte, 64<<10)
@@ -349,6 +382,7 @@ func TestRelayDeliverGivesUp(t *testing.T) {
 		}()
 		soon(t, "deliver", func() { r.deliver(t.Context()) })
 		_ = g.out.Close()
+		_ = g.err.Close()
 		soon(t, "drain", func() { <-r.drained })
 		_ = client.Close()
 	})
@@ -389,18 +423,24 @@ func TestRelayFiles(t *testing.T) {
 	r := openRelay(t, stdio{stdout: plain}, g)
 	write(t, g.out, "after\n")
 	_ = g.out.Close()
+	_ = g.err.Close()
 	soon(t, "drain", func() { <-r.drained })
 	if got, err := os.ReadFile(plain); err != nil || string(got) != "before\nafter\n" {
 		t.Errorf("%q, %v", got, err)
 	}
 }
 
+// Nobody wants anything, and the process does not block.
 func TestRelayNone(t *testing.T) {
-	r := openRelay(t, stdio{}, newGuestEnds(t))
-	if in, out, err := r.wants(); in || out || err {
+	g := newGuestEnds(t)
+	r := openRelay(t, stdio{}, g)
+	if in, out, err := r.wants(); in || !out || !err {
 		t.Errorf("wants() = %v %v %v", in, out, err)
 	}
 	r.endInput()
+	soon(t, "write", func() { write(t, g.out, strings.Repeat("x", 1<<20)) })
+	_ = g.out.Close()
+	_ = g.err.Close()
 	soon(t, "drain", func() { <-r.drained })
 }
 
@@ -492,6 +532,7 @@ func TestRelayLogger(t *testing.T) {
 				t.Fatal(err)
 			}
 			r.start(t.Context(), g)
+			r.openInput(t.Context())
 			write(t, g.out, "to the log")
 			write(t, g.err, "with a complaint")
 			_ = g.out.Close()

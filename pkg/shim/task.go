@@ -45,7 +45,7 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	var c *container
 	defer func() { put(c) }()
 	if c, err = s.create(ctx, r); err != nil {
-		return nil, fmt.Errorf("create container %q: %w", r.GetID(), err)
+		return nil, err
 	}
 	s.events.publish(ctx, &events.TaskCreate{
 		ContainerID: r.GetID(),
@@ -93,17 +93,13 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
-	life := context.WithoutCancel(ctx)
-	if first {
-		relay.first = func() { box.Mark(life, sandbox.PhaseOutput, time.Now()) }
-	}
 	rec.Task = made.PID()
 	if err := rec.write(r.GetBundle()); err != nil {
 		// The container is complete; only a delete after a crash would know less.
 		log.G(ctx).WithError(err).Warn("task pid not recorded")
 	}
 	p := newProcess(made.Init(), std, relay)
-	relay.start(life, p)
+	relay.start(context.WithoutCancel(ctx), p)
 	return newContainer(made, p), nil
 }
 
@@ -174,17 +170,19 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	pid := uint32(c.PID())
 	if p == c.init {
 		if err := c.Container.Start(ctx); err != nil {
-			return nil, fmt.Errorf("start container %q: %w", c.ID(), err)
+			return nil, err
 		}
+		p.relay.openInput(ctx)
 		s.events.publish(ctx, &events.TaskStart{ContainerID: c.ID(), Pid: pid})
 		return &taskapi.StartResponse{Pid: pid}, nil
 	}
 	if err := p.Start(ctx); err != nil {
 		p.finish()
-		return nil, fmt.Errorf("start process %q of container %q: %w", p.ExecID(), c.ID(), err)
+		return nil, err
 	}
 	life := context.WithoutCancel(ctx)
 	p.relay.start(life, p)
+	p.relay.openInput(ctx)
 	s.events.publish(ctx, &events.TaskExecStarted{ContainerID: c.ID(), ExecID: p.ExecID(), Pid: pid})
 	s.running.Go(func() { s.follow(life, c, p) })
 	return &taskapi.StartResponse{Pid: pid}, nil
@@ -210,7 +208,7 @@ func (s *service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 	p, err := c.Container.Exec(ctx, cfg)
 	if err != nil {
 		relay.close(ctx)
-		return nil, fmt.Errorf("exec %q in container %q: %w", r.GetExecID(), c.ID(), err)
+		return nil, err
 	}
 	c.add(newProcess(p, std, relay))
 	s.events.publish(ctx, &events.TaskExecAdded{ContainerID: c.ID(), ExecID: p.ExecID()})
@@ -248,7 +246,7 @@ func (s *service) deleteExec(ctx context.Context, c *container, p *process) erro
 	undo, cancel := lasting(ctx)
 	defer cancel()
 	if err := p.Process.Delete(undo); err != nil {
-		return fmt.Errorf("delete process %q of container %q: %w", p.ExecID(), c.ID(), err)
+		return err
 	}
 	c.drop(p.ExecID())
 	c.release(undo, p)
@@ -265,7 +263,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 	undo, cancel := lasting(ctx)
 	defer cancel()
 	if err := c.Container.Delete(undo); err != nil {
-		return fmt.Errorf("delete container %q: %w", c.ID(), err)
+		return err
 	}
 	c.abandon(undo)
 	last := s.remove(c.ID())
@@ -323,7 +321,7 @@ func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.Pi
 	}
 	ps, err := c.Container.Pids(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("pids of container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	resp := &taskapi.PidsResponse{}
 	for _, p := range ps {
@@ -348,7 +346,7 @@ func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.
 		return nil, err
 	}
 	if err := c.Container.Pause(ctx); err != nil {
-		return nil, fmt.Errorf("pause container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	s.events.publish(ctx, &events.TaskPaused{ContainerID: c.ID()})
 	return empty, nil
@@ -361,7 +359,7 @@ func (s *service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptyp
 		return nil, err
 	}
 	if err := c.Container.Resume(ctx); err != nil {
-		return nil, fmt.Errorf("resume container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	s.events.publish(ctx, &events.TaskResumed{ContainerID: c.ID()})
 	return empty, nil
@@ -379,7 +377,7 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 		err = p.Kill(ctx, r.GetSignal())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("kill container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	return empty, nil
 }
@@ -391,7 +389,7 @@ func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*
 		return nil, err
 	}
 	if err := p.Resize(ctx, r.GetHeight(), r.GetWidth()); err != nil {
-		return nil, fmt.Errorf("resize terminal: %w", err)
+		return nil, err
 	}
 	return empty, nil
 }
@@ -419,7 +417,7 @@ func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 		return nil, err
 	}
 	if err := c.Container.Update(ctx, resources); err != nil {
-		return nil, fmt.Errorf("update container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	return empty, nil
 }
@@ -447,7 +445,7 @@ func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	}
 	stats, err := c.Container.Stats(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("stats of container %q: %w", c.ID(), err)
+		return nil, err
 	}
 	m, err := metrics(stats, hostUnified())
 	if err != nil {

@@ -1,0 +1,170 @@
+package shim
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
+	"golang.org/x/sys/unix"
+
+	stats1 "github.com/containerd/cgroups/v3/cgroup1/stats"
+	stats2 "github.com/containerd/cgroups/v3/cgroup2/stats"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// QEMU dies: everything in it ends with 137, in order, and what is left is
+// deleted as always. The shim's log says why.
+func TestShimMachineKilled(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("dead", "sleep", "1000").run()
+	c.exec("e1", nil, nil, "sleep", "1000")
+	begin := time.Now()
+	if err := unix.Kill(h.find("qemu-system"), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	h.sink.want(t, "exit dead e1 137", "exit dead dead 137")
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("the exits took %v", took)
+	}
+	c.wantStatus(task.Status_STOPPED)
+	if log := c.logText(); !strings.Contains(log, "virtual machine is gone") {
+		t.Error("the log does not say that the machine is gone")
+	}
+	c.delete()
+	h.sink.wantNoMore(t)
+}
+
+// The shim dies: the delete command removes everything within its five seconds.
+func TestShimKilled(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("orphan", "sleep", "1000").run()
+	qemu := h.find("qemu-system")
+	if err := unix.Kill(h.find("-id\x00orphan\x00"), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !alive(qemu) {
+		t.Error("the machine died with the shim: a shim could not be replaced under it")
+	}
+	r := c.cleanup()
+	if r.GetExitStatus() != 137 || r.GetPid() != c.pid || time.Since(r.GetExitedAt().AsTime()) > time.Minute {
+		t.Errorf("answer %v; the task's pid was %d", r, c.pid)
+	}
+	h.wantNothing()
+	c.cleanup() // again
+}
+
+// The guest stands still: what containerd asks after its restart is answered.
+func TestShimMachineStopped(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("frozen", "sleep", "1000").run()
+	qemu := h.find("qemu-system")
+	if err := unix.Kill(qemu, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.conn.Close()
+	c.connect()
+	c.wantStatus(task.Status_RUNNING)
+	begin := time.Now()
+	pids, err := c.Pids(c.ctx(), &taskapi.PidsRequest{ID: c.id})
+	if err != nil || len(pids.GetProcesses()) == 0 {
+		t.Errorf("Pids: %v, %v", pids, err)
+	}
+	if _, err := c.Connect(c.ctx(), &taskapi.ConnectRequest{ID: c.id}); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > 1500*time.Millisecond {
+		t.Errorf("Pids and Connect took %v", took)
+	}
+	if err := unix.Kill(qemu, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	c.end()
+}
+
+// containerd is away while a task ends: it hears of it when it is back.
+func TestShimEventsWait(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("away", "cat")
+	c.io = h.fifos("away", false).read()
+	c.run()
+	h.sink.down()
+	c.io.write("x")
+	c.closeIO("")
+	c.wait("")
+	time.Sleep(200 * time.Millisecond)
+	h.sink.up()
+	h.sink.want(t, "exit away away 0")
+	c.delete()
+	h.sink.wantNoMore(t)
+}
+
+// The kernel of the guest kills a process: OOM comes before the exit, and the
+// statistics afterwards say so too.
+func TestShimOOM(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("oom", "sh", "-c", "x=a; while :; do x=$x$x; done")
+	limit := int64(24 << 20)
+	c.spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &limit, Swap: &limit}
+	c.run()
+	if code := c.wait(""); code != 137 {
+		t.Errorf("exit code %d, want 137", code)
+	}
+	h.sink.want(t, "oom oom", "exit oom oom 137")
+	r, err := c.Stats(c.ctx(), &taskapi.StatsRequest{ID: c.id})
+	if err != nil {
+		t.Fatalf("Stats after the exit: %v", err)
+	}
+	v, err := typeurl.UnmarshalAny(r.GetStats())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var kills uint64
+	switch m := v.(type) {
+	case *stats1.Metrics:
+		kills = m.GetMemoryOomControl().GetOomKill()
+	case *stats2.Metrics:
+		kills = m.GetMemoryEvents().GetOomKill()
+	default:
+		t.Errorf("metrics are %T", v)
+	}
+	if kills == 0 {
+		t.Errorf("no kill in %v", v)
+	}
+	c.delete()
+	h.sink.wantNoMore(t)
+}
+
+// containerd gives up a Create that is going on.
+func TestShimCreateCanceled(t *testing.T) {
+	h := newHost(t)
+	for i, delay := range []time.Duration{50, 300, 700, 1500} {
+		c := h.bundle("gone"+string(rune('0'+i)), "sleep", "1000").start()
+		done := make(chan error, 1)
+		go func() {
+			_, err := c.Create(c.ctx(), c.createRequest())
+			done <- err
+		}()
+		time.Sleep(delay * time.Millisecond)
+		_ = c.conn.Close() // the context of a ttrpc call does not end otherwise
+		if err := <-done; err == nil {
+			t.Error("Create succeeds in no time; make the delays shorter")
+		}
+		c.connect()
+		c.shutdown()
+		h.wantNothing()
+	}
+}
+
+// The longest names that containerd allows.
+func TestShimLongNames(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle(strings.Repeat("c", 76), "true").run()
+	if code := c.wait(""); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	h.sink.next(t)
+	c.delete()
+}
