@@ -33,9 +33,8 @@ build: ## the shim and the command, into _output/bin
 -include guest/image.mk # agent, image
 
 .PHONY: vhost-device-vsock
-vhost-device-vsock: prereqs ## fetch the daemon that serves vsock without /dev/vhost-vsock
-	@mkdir -p $(BIN)
-	@ln -sf "$$(hack/fetch-vhost-device-vsock)" $(BIN)/vhost-device-vsock
+vhost-device-vsock: prereqs ## fetch the daemon that serves vsock where /dev/vhost-vsock does not
+	@[ -w /dev/vhost-vsock ] || { mkdir -p $(BIN) && path=$$(hack/fetch-vhost-device-vsock) && ln -sf "$$path" $(BIN)/vhost-device-vsock; }
 
 # Everything that a machine needs to run.
 .PHONY: all
@@ -122,9 +121,9 @@ demo: all ## a container in a machine, through containerd, step by step
 
 .PHONY: install
 install: build image vhost-device-vsock ## into DESTDIR and PREFIX (/usr/local)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/vmshim $(DESTDIR)$(PREFIX)/share/vmshim $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/vmshim $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs
 	install -m 755 $(BIN)/containerd-shim-vm-v2 $(BIN)/vmshim $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(BIN)/vhost-device-vsock $(DESTDIR)$(PREFIX)/libexec/vmshim/
+	[ ! -e $(BIN)/vhost-device-vsock ] || install -D -m 755 $(BIN)/vhost-device-vsock $(DESTDIR)$(PREFIX)/libexec/vmshim/vhost-device-vsock
 	install -m 644 $(OUT)/guest/vmlinux $(OUT)/guest/initrd.img $(DESTDIR)$(PREFIX)/share/vmshim/
 	install -m 644 README.md LICENSE docs/*.md $(DESTDIR)$(PREFIX)/share/doc/vmshim/
 	install -m 644 configs/* $(DESTDIR)$(PREFIX)/share/doc/vmshim/configs/
