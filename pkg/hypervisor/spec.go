@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 )
 
 // A Spec describes a machine. The zero value of a field without a comment on
@@ -69,9 +70,15 @@ func (s Spec) Validate() error {
 	if s.MemoryMiB < 64 || s.MaxMemoryMiB < s.MemoryMiB {
 		bad("%d MiB of memory (at least 64) of at most %d", s.MemoryMiB, s.MaxMemoryMiB)
 	}
-	for what, path := range map[string]string{"kernel": s.Kernel, "initrd": s.Initrd} {
-		if !filepath.IsAbs(path) {
-			bad("%s %q is not an absolute path", what, path)
+	if !filepath.IsAbs(s.Kernel) {
+		bad("kernel %q is not an absolute path", s.Kernel)
+	}
+	if !filepath.IsAbs(s.Initrd) {
+		bad("initrd %q is not an absolute path", s.Initrd)
+	}
+	for _, param := range s.KernelParams {
+		if param == "" || strings.ContainsAny(param, "\n\x00") {
+			bad("kernel parameter %q", param)
 		}
 	}
 	tags := map[string]bool{}
@@ -88,6 +95,9 @@ func (s Spec) Validate() error {
 	for _, d := range s.Disks {
 		if d.ID == "" || len(d.ID) > 20 || ids[d.ID] { // VIRTIO_BLK_ID_BYTES
 			bad("disk id %q is empty, long or taken", d.ID)
+		}
+		if strings.Trim(d.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+			bad("disk id %q has more than a-z, 0-9 and -", d.ID)
 		}
 		ids[d.ID] = true
 		if !filepath.IsAbs(d.Path) {

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ func TestQEMUAcceptsArgs(t *testing.T) {
 		{"plain", func(*hypervisor.Spec) {}},
 		{"hotplug", func(s *hypervisor.Spec) { s.Name, s.MaxVCPUs, s.MaxMemoryMiB = "a,b", 4, 2048 }},
 		{"devices", withDevices(t)},
+		{"block device", withBlockDevice(t)},
 	}
 	for _, accelerator := range []string{TCG, KVM} {
 		for _, kind := range []string{VsockKernel, VsockVhostUser} {
@@ -103,6 +105,27 @@ func withDevices(t *testing.T) func(*hypervisor.Spec) {
 	return func(s *hypervisor.Spec) {
 		s.Shares = []hypervisor.Share{{Tag: "one,two", Dir: dir}, {Tag: "two", Dir: dir}}
 		s.Disks = []hypervisor.Disk{{ID: "ro", Path: image, ReadOnly: true}, {ID: "rw", Path: image}}
+	}
+}
+
+func withBlockDevice(t *testing.T) func(*hypervisor.Spec) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", image).Output()
+	if err != nil {
+		t.Logf("no loop device: %v", err)
+		return func(*hypervisor.Spec) {}
+	}
+	device := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if err := exec.Command("losetup", "--detach", device).Run(); err != nil {
+			t.Errorf("detach %s: %v", device, err)
+		}
+	})
+	return func(s *hypervisor.Spec) {
+		s.Disks = []hypervisor.Disk{{ID: "ro", Path: device, ReadOnly: true}, {ID: "rw", Path: device}}
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -120,6 +121,10 @@ type Options struct {
 	extra []string // further arguments for QEMU, from tests
 }
 
+// commandLineSize is where kernels cut their command line (COMMAND_LINE_SIZE
+// of x86 and arm64), zero byte included.
+const commandLineSize = 2048
+
 func (o Options) validate(spec hypervisor.Spec) error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -131,6 +136,9 @@ func (o Options) validate(spec hypervisor.Spec) error {
 	}
 	if !filepath.IsAbs(o.Dir) {
 		bad("directory %q is not absolute", o.Dir)
+	}
+	if n := len(strings.Join(kernelParams(spec, strings.Repeat("x", 40)), " ")); n >= commandLineSize {
+		bad("%d bytes of kernel parameters, more than %d", n, commandLineSize-1)
 	}
 	if n := len(spec.Shares); n > maxShares {
 		bad("%d shares, more than %d", n, maxShares)

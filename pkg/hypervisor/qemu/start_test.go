@@ -231,6 +231,9 @@ func TestStartRefuses(t *testing.T) {
 		{"faults of the description", func(s *hypervisor.Spec, o *Options) {
 			s.VCPUs, o.Dir, o.Config.Vsock = 0, "here", "smoke"
 		}, errdefs.IsInvalidArgument, "0 vCPUs"},
+		{"too many parameters", func(s *hypervisor.Spec, _ *Options) {
+			s.KernelParams = []string{strings.Repeat("x", 2000)}
+		}, errdefs.IsInvalidArgument, "bytes of kernel parameters"},
 		{"wrong architecture", func(s *hypervisor.Spec, o *Options) { o.Host.Arch = "m68k" }, errdefs.IsInvalidArgument, "on a host of m68k"},
 		{"no virtiofsd", func(_ *hypervisor.Spec, o *Options) { o.Host.Virtiofsd = "" }, errdefs.IsFailedPrecondition, "install virtiofsd"},
 		{"no qemu", func(_ *hypervisor.Spec, o *Options) { o.Host.QEMU = "/no/qemu" }, nil, "start qemu: fork/exec /no/qemu: no such file"},
@@ -422,6 +425,52 @@ func TestQEMURunsAsNobody(t *testing.T) {
 			t.Errorf("%s is in the host's network", p.Role)
 		}
 	}
+}
+
+// Every process is born in the control group: memory that it takes before it
+// could be moved would stay with its parent's.
+func TestBornInCgroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	root := ""
+	for _, path := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(path, "cgroup.controllers")); err == nil {
+			root = path
+		}
+	}
+	if root == "" {
+		t.Skip("needs cgroup v2, mounted")
+	}
+	name := fmt.Sprintf("vmshim-test-%d", os.Getpid())
+	dir := filepath.Join(root, name)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	group, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer group.Close()
+	s, opts := fakeMachine(t, behaviour{})
+	opts.CgroupFD = int(group.Fd())
+	opts.Started = func(p hypervisor.Process) error {
+		member, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
+		if !strings.Contains(string(member), "0::/"+name+"\n") {
+			t.Errorf("%s is in %q, %v", p.Role, member, err)
+		}
+		return nil
+	}
+	vm, err := Start(within(t), s, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = vm.Kill()
 }
 
 func TestDoorbellHearsOnlyItsToken(t *testing.T) {
