@@ -173,7 +173,7 @@ func parseAliases(text string) map[string]string {
 
 // askTimeout bounds a question to a binary; one that does not answer is not
 // what it is taken for.
-const askTimeout = 10 * time.Second
+const askTimeout = 30 * time.Second
 
 func output(ctx context.Context, path string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
