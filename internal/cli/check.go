@@ -148,13 +148,13 @@ func (r *report) machine(ctx context.Context, cfg config.Config) {
 
 // faults adds a finding for each of the errors that were joined.
 func (r *report) faults(name string, err error) {
+	all := []error{err}
 	var joined interface{ Unwrap() []error }
-	if !errors.As(err, &joined) {
-		r.add(name, statusMissing, "%v", err)
-		return
+	if errors.As(err, &joined) {
+		all = joined.Unwrap()
 	}
-	for line := range strings.Lines(err.Error()) {
-		r.add(name, statusMissing, "%s", strings.TrimSpace(line))
+	for _, err := range all {
+		r.add(name, statusMissing, "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 }
 

@@ -42,7 +42,7 @@ type Host struct {
 }
 
 // Probe looks at the host and decides. An error names everything that is
-// missing, and how to get it.
+// missing, and how to get it; the Host has what was found all the same.
 func Probe(ctx context.Context, cfg Config) (*Host, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -50,7 +50,7 @@ func Probe(ctx context.Context, cfg Config) (*Host, error) {
 	h := &Host{Arch: runtime.GOARCH}
 	p := prober{cfg: cfg, host: h, root: "/", learned: openCache(cfg.CacheDir)}
 	if err := p.all(ctx); err != nil {
-		return nil, fmt.Errorf("probe host: %w", err)
+		return h, fmt.Errorf("probe host: %w", err)
 	}
 	p.learned.save(ctx)
 	return h, nil
