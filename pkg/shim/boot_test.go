@@ -356,6 +356,54 @@ func TestDaemonProcess(t *testing.T) {
 	b.delete()
 }
 
+// Where the host hands its mounts on, the daemon has a mount namespace of its
+// own, which sees the host's mounts and keeps its own to itself.
+func TestDaemonMounts(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces: run as root")
+	}
+	b := newBundle(t, "c1", &specs.Spec{})
+	stdin, err := proto.Marshal(b.params())
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "--propagation", "shared", "sh", "-c",
+		`readlink /proc/self/ns/mnt >ns; exec "$0" "$@"`, self, "-namespace", "ns", "-address", "/run/x.sock", "-id", "c1", "start")
+	cmd.Dir = b.dir
+	cmd.Stdin = bytes.NewReader(stdin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	pid := daemons(b.dir)[0]
+	host, err := os.ReadFile(filepath.Join(b.dir, "ns"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ns, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "ns/mnt")); err != nil || ns == strings.TrimSpace(string(host)) {
+		t.Errorf("mount namespace %s, %v; that of start is %s", ns, err, host)
+	}
+	mounts, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "mountinfo"))
+	if err != nil || !strings.Contains(string(mounts), " master:") || strings.Contains(string(mounts), " shared:") {
+		t.Errorf("mounts of the daemon, %v:\n%s", err, mounts)
+	}
+	b.delete()
+	if hostSharesMounts() {
+		return
+	}
+	// Otherwise it stays with the host.
+	b.mustStart()
+	pid = daemons(b.dir)[0]
+	want, _ := os.Readlink("/proc/self/ns/mnt")
+	if ns, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "ns/mnt")); err != nil || ns != want {
+		t.Errorf("mount namespace %s, %v; want the host's %s", ns, err, want)
+	}
+	b.delete()
+}
+
 func TestDelete(t *testing.T) {
 	t.Run("killed", func(t *testing.T) {
 		b := newBundle(t, "c1", &specs.Spec{})

@@ -60,6 +60,7 @@ type relay struct {
 	outputs sync.WaitGroup
 	inputs  sync.WaitGroup
 	drained chan struct{} // closed when all outputs were carried to their end
+	closing sync.Once
 
 	moved   atomic.Int64 // bytes written to sinks
 	last    atomic.Int64 // when, in nanoseconds since the epoch
@@ -253,7 +254,10 @@ func (r *relay) endInput() {
 }
 
 // close frees everything and joins the copying, whose other ends are closed.
-func (r *relay) close(ctx context.Context) {
+// It may be called again.
+func (r *relay) close(ctx context.Context) { r.closing.Do(func() { r.free(ctx) }) }
+
+func (r *relay) free(ctx context.Context) {
 	r.endInput()
 	if r.stdin != nil {
 		r.stdin.shut()

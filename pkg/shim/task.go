@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/containerd/containerd/api/events"
@@ -12,9 +11,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -23,138 +20,7 @@ import (
 	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
-// undoTimeout bounds what must be done although the caller may be gone.
-const undoTimeout = 30 * time.Second
-
 var empty = &emptypb.Empty{}
-
-// lasting is ctx for what must be done although the caller may be gone.
-func lasting(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-}
-
-// Create makes a container, and starts the sandbox before the first one.
-func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *taskapi.CreateTaskResponse, err error) {
-	if r.GetCheckpoint() != "" {
-		return nil, fmt.Errorf("create from a checkpoint: %w", errdefs.ErrNotImplemented)
-	}
-	put, err := s.reserve(r.GetID())
-	if err != nil {
-		return nil, err
-	}
-	var c *container
-	defer func() { put(c) }()
-	if c, err = s.create(ctx, r); err != nil {
-		return nil, err
-	}
-	s.events.publish(ctx, &events.TaskCreate{
-		ContainerID: r.GetID(),
-		Bundle:      r.GetBundle(),
-		Rootfs:      r.GetRootfs(),
-		IO: &events.TaskIO{
-			Stdin: r.GetStdin(), Stdout: r.GetStdout(), Stderr: r.GetStderr(), Terminal: r.GetTerminal(),
-		},
-		Pid: uint32(c.PID()),
-	})
-	life := context.WithoutCancel(ctx)
-	s.running.Go(func() { s.follow(life, c, c.init) })
-	return &taskapi.CreateTaskResponse{Pid: uint32(c.PID())}, nil
-}
-
-func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
-	spec, err := readSpec(r.GetBundle())
-	if err != nil {
-		return nil, err
-	}
-	cfg, err := settings(r.GetOptions(), spec.Annotations)
-	if err != nil {
-		return nil, err
-	}
-	std := stdio{stdin: r.GetStdin(), stdout: r.GetStdout(), stderr: r.GetStderr(), terminal: r.GetTerminal()}
-	relay, err := newRelay(ctx, r.GetID(), s.cmd.namespace, std)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			relay.close(ctx)
-		}
-	}()
-	rec := s.self
-	rec.Dir = s.dir(cfg)
-	if err := s.record(rec, r.GetBundle()); err != nil {
-		return nil, err
-	}
-	box, first, err := s.enter(cfg, r.GetID())
-	if err != nil {
-		return nil, err
-	}
-	made, err := s.boot(ctx, box, first, spec, containerConfig(r, spec, relay))
-	if err != nil {
-		return nil, err
-	}
-	rec.Task = made.PID()
-	if err := rec.write(r.GetBundle()); err != nil {
-		// The container is complete; only a delete after a crash would know less.
-		log.G(ctx).WithError(err).Warn("task pid not recorded")
-	}
-	p := newProcess(made.Init(), std, relay)
-	relay.start(context.WithoutCancel(ctx), p)
-	return newContainer(made, p), nil
-}
-
-// record leaves in a bundle what a later delete, and containerd 1.6, need.
-func (s *service) record(rec record, bundle string) error {
-	if readAddress(bundle) == "" {
-		if err := writeAddress(bundle, s.self.Address); err != nil {
-			return err
-		}
-	}
-	return rec.write(bundle)
-}
-
-// boot makes the container, and if it is the first one starts the sandbox
-// beside that. It leaves nothing when it fails.
-func (s *service) boot(ctx context.Context, box *sandbox.Sandbox, first bool, spec *specs.Spec, cfg sandbox.ContainerConfig) (*sandbox.Container, error) {
-	if !first {
-		return box.CreateContainer(ctx, cfg)
-	}
-	var made *sandbox.Container
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return box.Start(gctx, spec) })
-	g.Go(func() (err error) {
-		made, err = box.CreateContainer(gctx, cfg)
-		return err
-	})
-	err := g.Wait()
-	if err == nil {
-		life := context.WithoutCancel(ctx)
-		s.running.Go(func() { s.watch(life, box) })
-		return made, nil
-	}
-	undo, cancel := lasting(ctx)
-	defer cancel()
-	if serr := s.leave(undo); serr != nil {
-		log.G(ctx).WithError(serr).Error("sandbox not stopped cleanly")
-	}
-	return nil, err
-}
-
-func containerConfig(r *taskapi.CreateTaskRequest, spec *specs.Spec, relay *relay) sandbox.ContainerConfig {
-	cfg := sandbox.ContainerConfig{
-		ID:       r.GetID(),
-		Bundle:   r.GetBundle(),
-		Spec:     spec,
-		Terminal: r.GetTerminal(),
-	}
-	cfg.Streams.Stdin, cfg.Streams.Stdout, cfg.Streams.Stderr = relay.wants()
-	cfg.Rootfs = slices.Grow(cfg.Rootfs, len(r.GetRootfs()))[:len(r.GetRootfs())]
-	for i, m := range r.GetRootfs() {
-		to := &cfg.Rootfs[i]
-		to.Type, to.Source, to.Target, to.Options = m.GetType(), m.GetSource(), m.GetTarget(), m.GetOptions()
-	}
-	return cfg
-}
 
 // Start runs the first process of a container, or an exec'd one.
 func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
@@ -176,11 +42,12 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		s.events.publish(ctx, &events.TaskStart{ContainerID: c.ID(), Pid: pid})
 		return &taskapi.StartResponse{Pid: pid}, nil
 	}
+	life := context.WithoutCancel(ctx)
 	if err := p.Start(ctx); err != nil {
 		p.finish()
+		p.relay.close(life) // containerd's client waits for the end of its streams
 		return nil, err
 	}
-	life := context.WithoutCancel(ctx)
 	p.relay.start(life, p)
 	p.relay.openInput(ctx)
 	s.events.publish(ctx, &events.TaskExecStarted{ContainerID: c.ID(), ExecID: p.ExecID(), Pid: pid})
@@ -213,70 +80,6 @@ func (s *service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 	c.add(newProcess(p, std, relay))
 	s.events.publish(ctx, &events.TaskExecAdded{ContainerID: c.ID(), ExecID: p.ExecID()})
 	return empty, nil
-}
-
-// Delete removes a container, or an exec'd process.
-func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
-	c, p, err := s.find(r.GetID(), r.GetExecID())
-	if err != nil {
-		return nil, err
-	}
-	select { // one at a time
-	case p.deleting <- struct{}{}:
-		defer func() { <-p.deleting }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if p == c.init {
-		err = s.deleteContainer(ctx, c)
-	} else {
-		err = s.deleteExec(ctx, c, p)
-	}
-	if err != nil {
-		return nil, err
-	}
-	code, at := p.exit()
-	return &taskapi.DeleteResponse{Pid: uint32(c.PID()), ExitStatus: code, ExitedAt: at}, nil
-}
-
-func (s *service) deleteExec(ctx context.Context, c *container, p *process) error {
-	if err := p.ready(ctx); err != nil {
-		return fmt.Errorf("delete process %q of container %q: %w", p.ExecID(), c.ID(), err)
-	}
-	undo, cancel := lasting(ctx)
-	defer cancel()
-	if err := p.Process.Delete(undo); err != nil {
-		return err
-	}
-	c.drop(p.ExecID())
-	c.release(undo, p)
-	return nil
-}
-
-func (s *service) deleteContainer(ctx context.Context, c *container) error {
-	if _, err := s.container(c.ID()); err != nil {
-		return err // another call was faster
-	}
-	if err := c.init.ready(ctx); err != nil {
-		return fmt.Errorf("delete container %q: %w", c.ID(), err)
-	}
-	undo, cancel := lasting(ctx)
-	defer cancel()
-	if err := c.Container.Delete(undo); err != nil {
-		return err
-	}
-	c.abandon(undo)
-	last := s.remove(c.ID())
-	code, at := c.init.exit()
-	s.events.publish(ctx, &events.TaskDelete{
-		ContainerID: c.ID(), Pid: uint32(c.PID()), ExitStatus: code, ExitedAt: at,
-	})
-	if last {
-		if err := s.leave(undo); err != nil {
-			log.G(ctx).WithError(err).Error("sandbox not stopped cleanly")
-		}
-	}
-	return nil
 }
 
 // State never asks the guest.
