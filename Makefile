@@ -101,7 +101,13 @@ e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2
 	$(MACHINES) -run '^TestE2E' ./test/...
 
 .PHONY: test-all
-test-all: test fuzz bench ## make test, then what takes longer
+test-all: test test-kernel fuzz bench ## make test, then what takes longer
+
+# The kernel of Debian's release instead of the newest that it offers.
+.PHONY: test-kernel
+test-kernel: all containerds
+	go run ./guest/mkimage -agent $(BIN)/vmshim-agent -cache $(CACHE)/debs -out $(OUT)/guest-stable -kernel linux-image-cloud-$(shell dpkg --print-architecture)
+	VMSHIM_GUEST=$(abspath $(OUT)/guest-stable) $(MACHINES) -run '^Test(VM|Shim|E2E)' ./...
 
 FUZZTIME ?= 30s
 

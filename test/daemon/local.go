@@ -75,10 +75,19 @@ func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {
 func (l *Local) ShimDir() string { return filepath.Join(l.Root, "_output/bin") }
 
 // Kernel is the guest's kernel.
-func (l *Local) Kernel() string { return filepath.Join(l.Root, "_output/guest/vmlinux") }
+func (l *Local) Kernel() string { return filepath.Join(l.guest(), "vmlinux") }
 
 // Initrd is the guest's initramfs.
-func (l *Local) Initrd() string { return filepath.Join(l.Root, "_output/guest/initrd.img") }
+func (l *Local) Initrd() string { return filepath.Join(l.guest(), "initrd.img") }
+
+// guest is the directory of the guest image: the checkout's, or another one
+// that VMSHIM_GUEST names.
+func (l *Local) guest() string {
+	if dir := os.Getenv("VMSHIM_GUEST"); dir != "" {
+		return dir
+	}
+	return filepath.Join(l.Root, "_output/guest")
+}
 
 // StateDir is the shim's, where each sandbox has a directory.
 func (l *Local) StateDir() string { return filepath.Join(l.Dir, "vm") }

@@ -55,7 +55,10 @@ func TestE2EExecEndsWithContainer(tt *testing.T) {
 	each(tt, func(t *test) {
 		id := t.spawn(nil, "sleep", "1000")
 		ended := make(chan result, 1)
-		go func() { ended <- t.try("", "task", "exec", "--exec-id", "long", id, "sleep", "1000") }()
+		go func() {
+			defer close(ended) // try may give up
+			ended <- t.try("", "task", "exec", "--exec-id", "long", id, "sleep", "1000")
+		}()
 		t.eventually("the process runs", func() bool { return strings.Contains(t.exec(id, "ps"), "sleep 1000") })
 		t.ctr("task", "kill", "-s", "SIGKILL", id)
 		t.equal("exit code of the exec", (<-ended).code, 137)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,18 +41,24 @@ func env(name, otherwise string) string {
 // by all tests.
 type host struct {
 	*daemon.Daemon
-	local *daemon.Local
+	local      *daemon.Local
+	generation string
 }
 
 var hosts = map[string]func() (*host, error){}
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
-		var started []*host
+		var (
+			mu      sync.Mutex
+			started []*host // guarded by mu
+		)
 		for _, generation := range generations {
 			hosts[generation] = sync.OnceValues(func() (*host, error) {
 				h, err := start(generation)
 				if err == nil {
+					mu.Lock()
+					defer mu.Unlock()
 					started = append(started, h)
 				}
 				return h, err
@@ -89,7 +96,7 @@ func start(generation string) (*host, error) {
 		}
 	}
 	d, err := local.Start(ctx, generation)
-	return &host{d, local}, err
+	return &host{d, local, generation}, err
 }
 
 // A test is one test under one containerd.
@@ -106,6 +113,7 @@ func each(t *testing.T, f func(t *test)) {
 	}
 	for _, generation := range generations {
 		t.Run(generation, func(t *testing.T) {
+			t.Parallel() // each has a daemon of its own
 			h, err := hosts[generation]()
 			if err != nil {
 				t.Fatal(err)
@@ -124,10 +132,11 @@ func needMachine(t *test) {
 	}
 }
 
-// id names a container, which clean removes.
+// id names a container, which clean removes. It is of this daemon and of this
+// run: ids name control groups, and with runc more than that, for all daemons.
 func (t *test) id(suffix string) string {
 	name, _, _ := strings.Cut(strings.TrimPrefix(t.Name(), "TestE2E"), "/")
-	id := fmt.Sprintf("%s%s-%d", strings.ToLower(name), suffix, os.Getpid()) // runc keeps ids outside of our directories
+	id := fmt.Sprintf("%s%s-%s-%d", strings.ToLower(name), suffix, t.generation, os.Getpid())
 	t.ids = append(t.ids, id)
 	return id
 }
@@ -213,12 +222,9 @@ func (t *test) exec(id string, command ...string) string {
 	return t.ctr(append([]string{"task", "exec", "--exec-id", execID(), id}, command...)...)
 }
 
-var execs int
+var execs atomic.Int64
 
-func execID() string {
-	execs++
-	return fmt.Sprintf("e%d", execs)
-}
+func execID() string { return fmt.Sprintf("e%d", execs.Add(1)) }
 
 var exitCode = regexp.MustCompile(`non-zero exit code (\d+)`)
 

@@ -79,7 +79,7 @@ func TestE2ECommandNotFound(tt *testing.T) {
 
 func TestE2ELongID(tt *testing.T) {
 	each(tt, func(t *test) {
-		id := strings.Repeat("x", 76) // containerd's limit
+		id := t.generation + strings.Repeat("x", 76-len(t.generation)) // containerd's limit
 		t.ids = append(t.ids, id)
 		r := t.try("", runArgs([]string{"--rm"}, id, "echo", "hello")...)
 		t.equal("stdout", r.stdout, "hello\n")
