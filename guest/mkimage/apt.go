@@ -29,7 +29,16 @@ type pkg struct {
 // find asks for several packages at once. Those that apt does not know are
 // missing in the answer.
 func (a apt) find(ctx context.Context, names ...string) (map[string]pkg, error) {
-	out, err := command(ctx, "apt-cache", append([]string{"show", "--no-all-versions", "--"}, names...)...)
+	cache := filepath.Join(a.dir, "apt")
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return nil, err
+	}
+	out, err := command(ctx, "apt-cache", append([]string{
+		"show", "--no-all-versions",
+		// Many machines are set up not to keep this: a second for each question.
+		"-o", "Dir::Cache::pkgcache=" + filepath.Join(cache, "pkgcache.bin"), "-o", "Dir::Cache::srcpkgcache=",
+		"--",
+	}, names...)...)
 	if err != nil && len(out) == 0 {
 		return nil, fmt.Errorf("%w (apt-get update may help)", err)
 	}

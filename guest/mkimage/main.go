@@ -40,7 +40,14 @@ func run() int {
 	return 0
 }
 
+// images are the files that are made.
+var images = []string{"vmlinux", "initrd.img", "manifest.txt"}
+
 func build(ctx context.Context, o options) error {
+	made, err := inputs(ctx, o)
+	if err != nil || isFresh(o.out, made) {
+		return err
+	}
 	a := apt{dir: o.cache}
 	names := metas(o.arch)
 	if o.kernel != "" {
@@ -54,7 +61,7 @@ func build(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	t, pkgs, err := image(ctx, a, k, o)
+	t, tools, err := image(ctx, a, k, o)
 	if err != nil {
 		return err
 	}
@@ -62,10 +69,16 @@ func build(ctx context.Context, o options) error {
 	if err := writeCPIO(&initrd, t); err != nil {
 		return err
 	}
-	for name, data := range map[string][]byte{
-		"vmlinux": k.image, "initrd.img": initrd.Bytes(), "manifest.txt": manifest(append([]pkg{p}, pkgs...)),
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{
+		{images[0], k.image},
+		{images[1], initrd.Bytes()},
+		{images[2], manifest(append([]pkg{p}, tools...))},
+		{inputsName, made}, // the last one: what it says is there
 	} {
-		if err := replace(filepath.Join(o.out, name), data); err != nil {
+		if err := replace(filepath.Join(o.out, f.name), f.data); err != nil {
 			return err
 		}
 	}
