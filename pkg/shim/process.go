@@ -62,9 +62,11 @@ type container struct {
 	*sandbox.Container
 	init *process
 
-	mu    sync.Mutex
-	ended bool                // the first process has; guarded by mu
-	execs map[string]*process // guarded by mu
+	mu       sync.Mutex
+	ended    bool                // the first process has; guarded by mu
+	heard    bool                // its start was published; guarded by mu
+	oomEarly bool                // an OOM kill was seen before that; guarded by mu
+	execs    map[string]*process // guarded by mu
 }
 
 func newContainer(c *sandbox.Container, init *process) *container {
@@ -126,6 +128,24 @@ func (c *container) awaitStart(ctx context.Context, p *process) bool {
 	case <-ctx.Done():
 	}
 	return true
+}
+
+// sawOOM says whether an OOM kill may be published now. Otherwise hearing does it.
+func (c *container) sawOOM() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.oomEarly = !c.heard
+	return c.heard
+}
+
+// hear says that the start was published, or never will be, and whether an OOM
+// kill is to be published behind it.
+func (c *container) hear() (oom bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.heard = true
+	oom, c.oomEarly = c.oomEarly, false
+	return oom
 }
 
 // end forbids further starts and returns the exec'd processes that were started.
@@ -205,6 +225,7 @@ func (s *service) follow(ctx context.Context, c *container, p *process) {
 	id := p.ExecID()
 	if id == "" {
 		id = c.ID()
+		s.hear(ctx, c)
 	}
 	exit := p.Exit()
 	s.events.publish(ctx, &events.TaskExit{
@@ -214,6 +235,21 @@ func (s *service) follow(ctx context.Context, c *container, p *process) {
 		ExitStatus:  uint32(exit.Code),
 		ExitedAt:    timestamppb.New(exit.ExitedAt),
 	})
+}
+
+// oom publishes an OOM kill: behind the container's start, before its exit.
+func (s *service) oom(id string) {
+	if c, err := s.container(id); err == nil && !c.sawOOM() {
+		return
+	}
+	s.events.publish(s.life, &events.TaskOOM{ContainerID: id})
+}
+
+// hear publishes what had to wait for the container's start.
+func (s *service) hear(ctx context.Context, c *container) {
+	if c.hear() {
+		s.events.publish(ctx, &events.TaskOOM{ContainerID: c.ID()})
+	}
 }
 
 // endExecs kills what the container's first process left and waits until its

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"sync"
 
-	"github.com/containerd/containerd/api/events"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
@@ -129,9 +128,7 @@ func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, fir
 	o.Address = s.cmd.address
 	o.Dir = s.dir(cfg)
 	o.Began = s.cmd.began
-	o.OnOOM = func(containerID string) {
-		s.events.publish(s.life, &events.TaskOOM{ContainerID: containerID})
-	}
+	o.OnOOM = s.oom
 	if s.box, err = sandbox.New(o); err != nil {
 		return nil, false, err
 	}

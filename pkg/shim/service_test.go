@@ -194,17 +194,16 @@ func (e *env) close() {
 	})
 }
 
-func (e *env) bundle(id string, annotations map[string]string) string {
+func (e *env) bundle(id string, change ...func(*specs.Spec)) string {
 	e.Helper()
 	dir := filepath.Join(e.dir, "b-"+id)
 	if err := os.MkdirAll(filepath.Join(dir, "rootfs"), 0o755); err != nil {
 		e.Fatal(err)
 	}
-	text, err := json.Marshal(&specs.Spec{
-		Version:     "1.2.0",
-		Annotations: annotations,
-		Process:     &specs.Process{Args: []string{"true"}, Cwd: "/"},
-		Root:        &specs.Root{Path: "rootfs"},
+	spec := &specs.Spec{
+		Version: "1.2.0",
+		Process: &specs.Process{Args: []string{"true"}, Cwd: "/"},
+		Root:    &specs.Root{Path: "rootfs"},
 		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{
 			{Type: specs.MountNamespace},
 			{Type: specs.NetworkNamespace},
@@ -212,7 +211,11 @@ func (e *env) bundle(id string, annotations map[string]string) string {
 			{Type: specs.IPCNamespace},
 			{Type: specs.UTSNamespace},
 		}},
-	})
+	}
+	for _, f := range change {
+		f(spec)
+	}
+	text, err := json.Marshal(spec)
 	if err != nil {
 		e.Fatal(err)
 	}
@@ -222,9 +225,9 @@ func (e *env) bundle(id string, annotations map[string]string) string {
 	return dir
 }
 
-func (e *env) create(id string) error {
+func (e *env) create(id string, change ...func(*specs.Spec)) error {
 	e.Helper()
-	_, err := e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: id, Bundle: e.bundle(id, nil)})
+	_, err := e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: id, Bundle: e.bundle(id, change...)})
 	return errgrpc.ToNative(err)
 }
 
@@ -378,6 +381,27 @@ func TestServiceOrder(t *testing.T) {
 		"/tasks/oom pod", "/tasks/exit pod long 137", "/tasks/exit pod pod 137", "/tasks/delete pod")...)
 }
 
+// What the guest's kernel kills before Start has returned is heard of behind it.
+func TestServiceEarlyOOM(t *testing.T) {
+	var e *env
+	e = newEnv(t, func(ctx context.Context, p *agenttest.Process) int {
+		e.peer.OOM(p.ContainerID)
+		<-ctx.Done()
+		return 0
+	})
+	err := e.create("pod", func(s *specs.Spec) {
+		s.Hooks = &specs.Hooks{Poststart: []specs.Hook{{Path: "/bin/sleep", Args: []string{"sleep", "0.5"}}}}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.mustStart("pod", "")
+	e.mustKill("pod", "")
+	e.wait("pod", "")
+	e.mustDelete("pod", "", 137)
+	e.sink.want(t, "/tasks/create pod", "/tasks/start pod", "/tasks/oom pod", "/tasks/exit pod pod 137", "/tasks/delete pod")
+}
+
 func TestServiceMachineLost(t *testing.T) {
 	e := newEnv(t, nil)
 	e.mustCreate("pod", "one")
@@ -431,7 +455,7 @@ func TestServiceCreateFails(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	_, err := e.Create(ctx, &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod", nil)})
+	_, err := e.Create(ctx, &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod")})
 	if err == nil {
 		t.Error("Create succeeds without a machine")
 	}
@@ -467,16 +491,16 @@ func TestServiceOptions(t *testing.T) {
 		"type":    {TypeUrl: "example.com/what"},
 		"garbage": {TypeUrl: "runtimeoptions.v1.Options", Value: []byte{0xff}},
 	} {
-		_, err := e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod", nil), Options: options})
+		_, err := e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod"), Options: options})
 		if err = errgrpc.ToNative(err); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	_, err := e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod", map[string]string{"io.vmshim.vcpus": "2"})})
-	if err = errgrpc.ToNative(err); !errdefs.IsPermissionDenied(err) {
+	err := e.create("pod", func(s *specs.Spec) { s.Annotations = map[string]string{"io.vmshim.vcpus": "2"} })
+	if !errdefs.IsPermissionDenied(err) {
 		t.Errorf("annotation that is not allowed: %v", err)
 	}
-	_, err = e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod", nil), Checkpoint: "/x"})
+	_, err = e.Create(e.Context(), &taskapi.CreateTaskRequest{ID: "pod", Bundle: e.bundle("pod"), Checkpoint: "/x"})
 	if err = errgrpc.ToNative(err); !errdefs.IsNotImplemented(err) {
 		t.Errorf("checkpoint: %v", err)
 	}

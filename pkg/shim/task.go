@@ -40,6 +40,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		}
 		p.relay.openInput(ctx)
 		s.events.publish(ctx, &events.TaskStart{ContainerID: c.ID(), Pid: pid})
+		s.hear(ctx, c)
 		return &taskapi.StartResponse{Pid: pid}, nil
 	}
 	life := context.WithoutCancel(ctx)

@@ -1,0 +1,153 @@
+package shim
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	stats1 "github.com/containerd/cgroups/v3/cgroup1/stats"
+	stats2 "github.com/containerd/cgroups/v3/cgroup2/stats"
+	"github.com/containerd/typeurl/v2"
+)
+
+func (t *tasks) annotate(kind, sandbox string) *tasks {
+	t.spec.Annotations = map[string]string{
+		"io.kubernetes.cri.container-type": kind,
+		"io.kubernetes.cri.sandbox-id":     sandbox,
+	}
+	return t
+}
+
+// The containers of a pod share a machine and a shim; each comes and goes by
+// itself, and the pod's own takes the machine with it.
+func TestShimPod(t *testing.T) {
+	h := newHost(t)
+	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").run()
+	a := h.bundle("a", "sh", "-c", "exit 6").annotate("container", "pod").run()
+	if a.address != pod.address {
+		t.Errorf("address of a member %q, want the pod's %q", a.address, pod.address)
+	}
+	if code := a.wait(""); code != 6 {
+		t.Errorf("exit code %d, want 6", code)
+	}
+	h.sink.want(t, "exit a a 6")
+	b := h.bundle("b", "sleep", "1000").annotate("container", "pod").run()
+	a.delete() // and the delete command beside a shim that lives on
+	b.wantStatus(task.Status_RUNNING)
+	pod.wantStatus(task.Status_RUNNING)
+	if text, err := os.ReadFile(filepath.Join(b.bundle, "address")); err != nil || string(text) != pod.address {
+		t.Errorf("address in the bundle of a member: %q, %v", text, err)
+	}
+	// As containerd 2.3 and later: without start.
+	c := h.bundle("c", "sleep", "1000").annotate("container", "pod")
+	text, err := json.Marshal(c.spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.bundle, "config.json"), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.address = pod.address
+	c.connect()
+	c.create().startTask()
+	_, err = c.Create(c.ctx(), c.createRequest())
+	c.wantClass("Create twice", errdefs.IsAlreadyExists, err)
+	b.end()
+	c.end()
+	pod.end()
+	h.sink.wantNoMore(t)
+}
+
+func TestShimUpdateAndStats(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("res", "sh", "-c", "while :; do :; done")
+	limit, quota, period := int64(64<<20), int64(50000), uint64(100000)
+	c.spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &limit}
+	c.spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &quota, Period: &period}
+	c.spec.Mounts = append(c.spec.Mounts, specs.Mount{
+		Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro", "nosuid", "noexec", "nodev"},
+	})
+	c.spec.Linux.Namespaces = append(c.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	c.run()
+	limits := func(id string) string {
+		f := h.fifos(id, false).read()
+		c.exec(id, f, nil, "cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max")
+		c.wait(id)
+		out := f.output()
+		h.sink.want(t, "exit res "+id+" 0")
+		c.deleteExec(id)
+		return out
+	}
+	if got := limits("e1"); got != "67108864\n50000 100000\n" {
+		t.Errorf("limits %q", got)
+	}
+	limit, quota = 48<<20, 20000
+	text, err := json.Marshal(&specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: &limit}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &taskapi.UpdateTaskRequest{ID: c.id, Resources: &anypb.Any{
+		TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", Value: text,
+	}}
+	if _, err := c.Update(c.ctx(), r); err != nil {
+		t.Fatalf("Update: %v", err)
+	}
+	if got := limits("e2"); got != "50331648\n20000 100000\n" {
+		t.Errorf("limits after the update %q", got)
+	}
+
+	s, err := c.Stats(c.ctx(), &taskapi.StatsRequest{ID: c.id})
+	if err != nil {
+		t.Fatalf("Stats: %v", err)
+	}
+	v, err := typeurl.UnmarshalAny(s.GetStats())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	switch m := v.(type) {
+	case *stats1.Metrics:
+		if err == nil {
+			t.Error("metrics of version 1 on a host with version 2")
+		}
+		if m.GetCPU().GetUsage().GetTotal() == 0 || m.GetMemory().GetUsage().GetUsage() == 0 || m.GetMemory().GetUsage().GetLimit() != uint64(limit) || m.GetPids().GetCurrent() != 1 {
+			t.Errorf("metrics %v", m)
+		}
+	case *stats2.Metrics:
+		if err != nil {
+			t.Error("metrics of version 2 on a host with version 1")
+		}
+		if m.GetCPU().GetUsageUsec() == 0 || m.GetMemory().GetUsage() == 0 || m.GetMemory().GetUsageLimit() != uint64(limit) || m.GetPids().GetCurrent() != 1 {
+			t.Errorf("metrics %v", m)
+		}
+	default:
+		t.Errorf("metrics are %T", v)
+	}
+	c.end()
+}
+
+// A daemon that is told to end says how its task ended, and leaves nothing.
+func TestShimTerminated(t *testing.T) {
+	h := newHost(t)
+	c := h.bundle("term", "sleep", "1000").run()
+	if err := unix.Kill(h.find("-id\x00term\x00"), unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if code := c.wait(""); code != 137 {
+		t.Errorf("exit code %d, want 137", code)
+	}
+	h.sink.want(t, "exit term term 137")
+	if r := c.cleanup(); r.GetExitStatus() != 137 {
+		t.Errorf("answer %v", r)
+	}
+}
