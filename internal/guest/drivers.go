@@ -153,7 +153,7 @@ func (m *mountRequest) mount(source, kind string, options []string) (func() erro
 	if err != nil {
 		return nil, err
 	}
-	undo := func() error { return unmount(m.GetMountPoint()) }
+	undo := func() error { return errors.Join(unmount(m.GetMountPoint()), m.removeMountPoint()) }
 	if flags&unix.MS_BIND != 0 && flags&^(unix.MS_BIND|unix.MS_REC) != 0 {
 		// The first call of a bind mount does not look at other flags.
 		if err := unix.Mount("", m.GetMountPoint(), "", flags|unix.MS_REMOUNT, ""); err != nil {
@@ -161,6 +161,17 @@ func (m *mountRequest) mount(source, kind string, options []string) (func() erro
 		}
 	}
 	return undo, nil
+}
+
+// removeMountPoint takes away what mount made, unless it is in use or the host's.
+func (m *mountRequest) removeMountPoint() error {
+	if strings.HasPrefix(m.rel, "shared/") {
+		return nil
+	}
+	return m.inRoot(func(root *os.Root) error {
+		_ = root.Remove(m.rel)
+		return nil
+	})
 }
 
 func isFile(path string) bool {

@@ -29,6 +29,13 @@ func (s *service) GetMetrics(context.Context, *protocol.GetMetricsRequest) (*pro
 		}
 		m.write(&out, string(b))
 	}
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return nil, err
+	}
+	const name = "kata_agent_process_open_fds"
+	writeHead(&out, name, "Open files of the agent.")
+	fmt.Fprintf(&out, "%s %d\n", name, len(files))
 	return &protocol.Metrics{Metrics: out.String()}, nil
 }
 

@@ -41,6 +41,7 @@ func TestVMContainers(t *testing.T) {
 		{"storages", testStorages},
 		{"devices", testDevices},
 		{"guest", testGuest},
+		{"leftovers", testLeftovers},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			part.test(t, m.on(t))
