@@ -163,13 +163,13 @@ func addModules(ctx context.Context, t tree, k *kernel, wishes []wish) error {
 	for _, name := range all {
 		m := s.loaded[name]
 		file, data := path.Base(m.file), k.files[m.file].data
+		if !k.has("MODULE_DECOMPRESS") {
+			file, data = name+".ko", m.plain
+		}
 		for _, list := range lists {
 			if slices.Contains(list, name) { // time counts more than memory
 				file, data = name+".ko", unsign(m.plain)
 			}
-		}
-		if !k.has("MODULE_DECOMPRESS") {
-			file, data = name+".ko", m.plain
 		}
 		files[name] = file
 		t.file(path.Join(dir, file), 0o644, data)
