@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -465,7 +466,15 @@ func TestPod(t *testing.T) {
 			t.Errorf("Create of a member before its sandbox: %v", err)
 		}
 	})
-	m.delete() // with a record now
+	// As if it had been created.
+	r, err := readRecord(b.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.write(m.dir); err != nil {
+		t.Fatal(err)
+	}
+	m.delete()
 	if len(daemons(b.dir)) != 1 {
 		t.Error("delete of a member ended the pod")
 	}
@@ -504,7 +513,7 @@ func TestInfo(t *testing.T) {
 	if err := json.Unmarshal(info.GetFeatures().GetValue(), &f); err != nil {
 		t.Fatal(err)
 	}
-	if f.Linux == nil || *f.Linux.MountExtensions.IDMap.Enabled {
+	if f.Linux == nil || *f.Linux.MountExtensions.IDMap.Enabled || slices.Contains(f.MountOptions, "rshared") {
 		t.Errorf("features %+v", f)
 	}
 }

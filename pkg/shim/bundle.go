@@ -50,6 +50,16 @@ func (r record) write(bundle string) error {
 	return nil
 }
 
+// leave puts into a bundle what a later delete, and containerd 1.6, need.
+func (r record) leave(bundle string) error {
+	if readAddress(bundle) == "" {
+		if err := writeAddress(bundle, r.Address); err != nil {
+			return err
+		}
+	}
+	return r.write(bundle)
+}
+
 func readRecord(bundle string) (record, error) {
 	var r record
 	text, err := os.ReadFile(filepath.Join(bundle, recordFile))

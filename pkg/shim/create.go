@@ -52,7 +52,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
-	std := stdio{stdin: r.GetStdin(), stdout: r.GetStdout(), stderr: r.GetStderr(), terminal: r.GetTerminal()}
+	std := stdioOf(r)
 	relay, err := newRelay(ctx, r.GetID(), s.cmd.namespace, std)
 	if err != nil {
 		return nil, err
@@ -62,13 +62,18 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			relay.close(ctx)
 		}
 	}()
-	rec := s.self
-	rec.Dir = s.dir(cfg)
-	if err := s.record(rec, r.GetBundle()); err != nil {
+	box, rec, first, err := s.enter(cfg, r.GetID())
+	if err != nil {
 		return nil, err
 	}
-	box, first, err := s.enter(cfg, r.GetID())
-	if err != nil {
+	if first {
+		defer func() {
+			if err != nil {
+				s.undoFirst(ctx)
+			}
+		}()
+	}
+	if err := rec.leave(r.GetBundle()); err != nil {
 		return nil, err
 	}
 	made, err := s.boot(ctx, box, first, spec, containerConfig(r, spec, relay))
@@ -85,41 +90,33 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	return newContainer(made, p), nil
 }
 
-// record leaves in a bundle what a later delete, and containerd 1.6, need.
-func (s *service) record(rec record, bundle string) error {
-	if readAddress(bundle) == "" {
-		if err := writeAddress(bundle, s.self.Address); err != nil {
-			return err
-		}
-	}
-	return rec.write(bundle)
-}
-
 // boot makes the container, and if it is the first one starts the sandbox
-// beside that. It leaves nothing when it fails.
-func (s *service) boot(ctx context.Context, box *sandbox.Sandbox, first bool, spec *specs.Spec, cfg sandbox.ContainerConfig) (*sandbox.Container, error) {
+// beside that.
+func (s *service) boot(ctx context.Context, box *sandbox.Sandbox, first bool, spec *specs.Spec, cfg sandbox.ContainerConfig) (made *sandbox.Container, err error) {
 	if !first {
 		return box.CreateContainer(ctx, cfg)
 	}
-	var made *sandbox.Container
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return box.Start(gctx, spec) })
 	g.Go(func() (err error) {
 		made, err = box.CreateContainer(gctx, cfg)
 		return err
 	})
-	err := g.Wait()
-	if err == nil {
-		life := context.WithoutCancel(ctx)
-		s.running.Go(func() { s.watch(life, box) })
-		return made, nil
+	if err := g.Wait(); err != nil {
+		return nil, err
 	}
-	undo, cancel := lasting(ctx)
+	life := context.WithoutCancel(ctx)
+	s.running.Go(func() { s.watch(life, box) })
+	return made, nil
+}
+
+// undoFirst leaves nothing of a sandbox whose first container is not to be.
+func (s *service) undoFirst(ctx context.Context) {
+	ctx, cancel := lasting(ctx)
 	defer cancel()
-	if serr := s.leave(undo); serr != nil {
-		log.G(ctx).WithError(serr).Error("sandbox not stopped cleanly")
+	if err := s.leave(ctx); err != nil {
+		log.G(ctx).WithError(err).Error("sandbox not stopped cleanly")
 	}
-	return nil, err
 }
 
 func containerConfig(r *taskapi.CreateTaskRequest, spec *specs.Spec, relay *relay) sandbox.ContainerConfig {

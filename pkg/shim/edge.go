@@ -52,15 +52,20 @@ func method[Req, Resp any](call func(context.Context, *Req) (*Resp, error)) ttrp
 		if err := unmarshal(req); err != nil {
 			return nil, err
 		}
-		fields := log.Fields{}
-		if r, ok := any(req).(interface{ GetID() string }); ok && r.GetID() != "" {
-			fields["container_id"] = r.GetID()
-		}
-		if r, ok := any(req).(interface{ GetExecID() string }); ok && r.GetExecID() != "" {
-			fields["exec_id"] = r.GetExecID()
-		}
-		return call(log.WithLogger(ctx, log.G(ctx).WithFields(fields)), req)
+		return call(log.WithLogger(ctx, log.G(ctx).WithFields(ids(req))), req)
 	}
+}
+
+// ids are what a request says of whom it is about.
+func ids(req any) log.Fields {
+	fields := log.Fields{}
+	if r, ok := req.(interface{ GetID() string }); ok && r.GetID() != "" {
+		fields["container_id"] = r.GetID()
+	}
+	if r, ok := req.(interface{ GetExecID() string }); ok && r.GetExecID() != "" {
+		fields["exec_id"] = r.GetExecID()
+	}
+	return fields
 }
 
 // changing wraps a call that the end of the daemon cancels and waits for.
@@ -85,10 +90,7 @@ func edge(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnarySer
 	if err == nil {
 		return resp, nil
 	}
-	entry := log.G(ctx).WithError(err).WithField("method", info.FullMethod)
-	if r, ok := req.(interface{ GetID() string }); ok {
-		entry = entry.WithField("container_id", r.GetID())
-	}
+	entry := log.G(ctx).WithError(err).WithField("method", info.FullMethod).WithFields(ids(req))
 	if usual(err) && path.Base(info.FullMethod) != "Create" {
 		entry.Debug("call refused")
 	} else {

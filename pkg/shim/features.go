@@ -2,9 +2,11 @@ package shim
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/runtime-spec/specs-go/features"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
@@ -15,7 +17,7 @@ const featuresURL = "types.containerd.io/opencontainers/runtime-spec/1/features/
 // listed is refused or has no effect.
 func ociFeatures() features.Features {
 	yes, no := new(true), new(false)
-	return features.Features{
+	f := features.Features{
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: "1.3.0",
 		Hooks:         []string{"prestart", "createRuntime", "poststart", "poststop"},
@@ -46,7 +48,13 @@ func ociFeatures() features.Features {
 			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: no}},
 			NetDevices:      &features.NetDevices{Enabled: no},
 		},
+		PotentiallyUnsafeConfigAnnotations: []string{"io.vmshim."},
 	}
+	// Enforced by the host, from Linux 5.12 on.
+	if err := unix.MountSetattr(-1, "", 0, &unix.MountAttr{}); !errors.Is(err, unix.ENOSYS) {
+		f.MountOptions = append(f.MountOptions, "rro", "rrw")
+	}
+	return f
 }
 
 func capabilities() []string {

@@ -36,6 +36,17 @@ type stdio struct {
 	terminal              bool
 }
 
+// stdioOf is what a Create or Exec asks for.
+func stdioOf(r interface {
+	GetStdin() string
+	GetStdout() string
+	GetStderr() string
+	GetTerminal() bool
+},
+) stdio {
+	return stdio{stdin: r.GetStdin(), stdout: r.GetStdout(), stderr: r.GetStderr(), terminal: r.GetTerminal()}
+}
+
 // streams is what a process in the guest offers; see sandbox.Process.
 type streams interface {
 	Stdin() io.WriteCloser

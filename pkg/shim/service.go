@@ -16,7 +16,6 @@ import (
 type service struct {
 	cmd     command
 	opts    Options
-	self    record
 	events  *publisher
 	life    context.Context //nolint:containedctx // the service's own: ends creations when the daemon does
 	endLife context.CancelFunc
@@ -27,6 +26,7 @@ type service struct {
 
 	mu         sync.Mutex
 	closed     bool                  // guarded by mu
+	self       record                // guarded by mu; of the sandbox
 	box        *sandbox.Sandbox      // guarded by mu; nil before the first Create and after the stop
 	containers map[string]*container // guarded by mu; nil while being created
 }
@@ -112,31 +112,28 @@ func (s *service) remove(id string) (last bool) {
 }
 
 // enter returns the sandbox for a container, made now if it is the first one;
-// then the caller starts it.
-func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, first bool, err error) {
+// then the caller starts it. The record is for the container's bundle.
+func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, rec record, first bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.box != nil {
-		return s.box, false, nil
+		return s.box, s.self, false, nil
 	}
 	if id != s.cmd.id {
-		return nil, false, fmt.Errorf("sandbox %q does not run: %w", s.cmd.id, errdefs.ErrFailedPrecondition)
+		return nil, rec, false, fmt.Errorf("sandbox %q does not run: %w", s.cmd.id, errdefs.ErrFailedPrecondition)
 	}
+	s.self.Dir = sandbox.Dir(cfg.StateDir, s.cmd.address, s.cmd.namespace, s.cmd.id)
 	o := s.opts.Sandbox(cfg)
 	o.ID = s.cmd.id
 	o.Namespace = s.cmd.namespace
 	o.Address = s.cmd.address
-	o.Dir = s.dir(cfg)
+	o.Dir = s.self.Dir
 	o.Began = s.cmd.began
 	o.OnOOM = s.oom
 	if s.box, err = sandbox.New(o); err != nil {
-		return nil, false, err
+		return nil, rec, false, err
 	}
-	return s.box, true, nil
-}
-
-func (s *service) dir(cfg config.Config) string {
-	return sandbox.Dir(cfg.StateDir, s.cmd.address, s.cmd.namespace, s.cmd.id)
+	return s.box, s.self, true, nil
 }
 
 // leave stops the sandbox and forgets it.

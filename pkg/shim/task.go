@@ -66,7 +66,7 @@ func (s *service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 	if err != nil {
 		return nil, err
 	}
-	std := stdio{stdin: r.GetStdin(), stdout: r.GetStdout(), stderr: r.GetStderr(), terminal: r.GetTerminal()}
+	std := stdioOf(r)
 	relay, err := newRelay(ctx, r.GetExecID(), s.cmd.namespace, std)
 	if err != nil {
 		return nil, err

@@ -44,6 +44,7 @@ type host struct {
 	local   *daemon.Local
 	sink    *sink
 	sockets string
+	all     []*tasks
 }
 
 func newHost(tb testing.TB, extra ...string) *host {
@@ -72,6 +73,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 	tb.Cleanup(func() {
 		h.wantNothing()
 		if tb.Failed() {
+			h.sweep()
 			tb.Logf("left for inspection: %s", dir)
 		} else {
 			_ = os.RemoveAll(dir)
@@ -92,11 +94,18 @@ func (h *host) wantNothing() {
 		}
 		if time.Now().After(deadline) {
 			h.Errorf("left behind:\n%s", strings.Join(left, "\n"))
-			for _, pid := range h.pids() {
-				_ = unix.Kill(pid, unix.SIGKILL)
-			}
 			return
 		}
+	}
+}
+
+// sweep removes what a test that failed left.
+func (h *host) sweep() {
+	for _, pid := range h.pids() {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	for _, t := range h.all {
+		_ = t.command(nil, "-bundle", t.bundle, "delete").Run()
 	}
 }
 
@@ -182,6 +191,7 @@ func (h *host) bundle(id string, args ...string) *tasks {
 		h.Fatal(err)
 	}
 	t.log = f
+	h.all = append(h.all, t)
 	h.Cleanup(func() {
 		_ = t.log.Close()
 		if h.Failed() {
