@@ -102,12 +102,17 @@ func (c *container) do(ctx context.Context, operation func() error, undo func())
 	if err := c.op.acquire(ctx); err != nil {
 		return err
 	}
+	if err := c.begin(); err != nil {
+		c.op.release()
+		return err
+	}
 	var (
 		mu        sync.Mutex
 		abandoned bool
 		done      = make(chan error, 1)
 	)
-	c.jobs.Go(func() {
+	go func() {
+		defer c.jobs.Done()
 		defer c.op.release()
 		err := operation()
 		mu.Lock()
@@ -117,7 +122,7 @@ func (c *container) do(ctx context.Context, operation func() error, undo func())
 		if left && err == nil && undo != nil {
 			undo()
 		}
-	})
+	}()
 	select {
 	case err := <-done:
 		return err
@@ -134,16 +139,28 @@ func (c *container) do(ctx context.Context, operation func() error, undo func())
 	}
 }
 
-// process finds one by its exec id; the first one is also called "" or by the
+// begin counts an operation, unless the container is gone. The caller holds the
+// op lock.
+func (c *container) begin() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state == removed {
+		return notFound("container %q", c.id)
+	}
+	c.jobs.Add(1)
+	return nil
+}
+
+// process finds one by its exec id; the first one is also called "" and by the
 // container's id.
 func (c *container) process(execID string) (*process, error) {
-	if execID == "" {
-		execID = c.id
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.state == creating {
 		return nil, precondition("container %q is %s", c.id, c.state)
+	}
+	if c.init != nil && (execID == "" || execID == c.id) {
+		execID = c.init.id
 	}
 	if p := c.procs[execID]; p != nil {
 		return p, nil
@@ -174,6 +191,8 @@ func (c *container) reserve(execID string) error {
 		return precondition("container %q is being stopped", c.id)
 	case c.state != created && c.state != running:
 		return precondition("container %q is %s", c.id, c.state)
+	case execID == c.id:
+		return fmt.Errorf("process %q of container %q: %w", execID, c.id, errdefs.ErrAlreadyExists)
 	}
 	if p := c.procs[execID]; p != nil && !p.waited {
 		return fmt.Errorf("process %q of container %q: %w", execID, c.id, errdefs.ErrAlreadyExists)
@@ -270,10 +289,7 @@ func (c *container) remove(ctx context.Context) error {
 	if err := c.kill(); err != nil {
 		return fmt.Errorf("kill container %q: %w", c.id, err)
 	}
-	return c.do(ctx, func() error {
-		if c.current() == removed {
-			return notFound("container %q", c.id)
-		}
+	err := c.do(ctx, func() error {
 		// Again: something may have been starting.
 		if err := c.kill(); err != nil {
 			return fmt.Errorf("kill container %q: %w", c.id, err)
@@ -287,6 +303,10 @@ func (c *container) remove(ctx context.Context) error {
 		}
 		return nil
 	}, nil)
+	if c.current() == removed { // and so no operation begins any more
+		waitFor(ctx, &c.jobs)
+	}
+	return err
 }
 
 // discard takes the container out of the sandbox.

@@ -130,7 +130,11 @@ func (c *container) names() map[int]string {
 	defer c.mu.Unlock()
 	names := map[int]string{}
 	for id, p := range c.procs {
-		if !p.ended() {
+		switch {
+		case p.ended():
+		case p.init:
+			names[p.pid] = c.id
+		default:
 			names[p.pid] = id
 		}
 	}

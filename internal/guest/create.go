@@ -25,6 +25,11 @@ func (s *service) CreateContainer(ctx context.Context, req *protocol.CreateConta
 	if err := checkID("container id", req.GetContainerId()); err != nil {
 		return nil, err
 	}
+	if id := req.GetExecId(); id != "" {
+		if err := checkID("exec id", id); err != nil {
+			return nil, err
+		}
+	}
 	if n := len(req.GetDevices()) + len(req.GetSharedMounts()); n > 0 {
 		return nil, notImplemented("devices and shared mounts")
 	}
@@ -70,7 +75,11 @@ func (c *container) create(ctx context.Context, req *protocol.CreateContainerReq
 	if c.lib, err = c.makeContainer(spec); err != nil {
 		return err
 	}
-	p, err := c.launch(spec.Process, c.id, req.GetNoStdin())
+	execID := req.GetExecId()
+	if execID == "" {
+		execID = c.id
+	}
+	p, err := c.launch(spec.Process, execID, true, req.GetNoStdin())
 	if err != nil {
 		return err
 	}
@@ -160,14 +169,14 @@ func (c *container) makeContainer(spec *specs.Spec) (*libcontainer.Container, er
 
 // launch starts a process by libcontainer: for the first one that is up to where
 // it waits. It holds the op lock.
-func (c *container) launch(spec *specs.Process, execID string, noStdin bool) (_ *process, err error) {
+func (c *container) launch(spec *specs.Process, execID string, init, noStdin bool) (_ *process, err error) {
 	var undo cleanup.Stack
 	defer func() { err = errors.Join(err, undo.Run()) }()
 	lib, err := newProcess(spec)
 	if err != nil {
 		return nil, err
 	}
-	lib.Init = execID == c.id
+	lib.Init = init
 	config := c.lib.Config()
 	o := stdioOptions{terminal: spec.Terminal, noStdin: noStdin, pipeSize: c.sandbox.cfg.PipeSize}
 	o.uid, o.gid = rootOf(&config)
@@ -182,7 +191,7 @@ func (c *container) launch(spec *specs.Process, execID string, noStdin bool) (_ 
 		}
 		return nil, fmt.Errorf("start process %q of container %q: %w", execID, c.id, err)
 	}
-	p := &process{id: execID, init: lib.Init, lib: lib, io: streams, done: make(chan struct{})}
+	p := &process{id: execID, init: init, lib: lib, io: streams, done: make(chan struct{})}
 	noConsole := streams.started(o)
 	if err := c.adopt(p); err != nil {
 		_ = lib.Signal(unix.SIGKILL)
@@ -292,7 +301,7 @@ func (c *container) exec(spec *specs.Process, req *protocol.ExecProcessRequest) 
 			return nil, err
 		}
 	}
-	p, err := c.launch(spec, req.GetExecId(), req.GetNoStdin())
+	p, err := c.launch(spec, req.GetExecId(), false, req.GetNoStdin())
 	if err != nil {
 		return nil, err
 	}

@@ -291,7 +291,6 @@ func (b *sandbox) destroy(ctx context.Context) {
 			if err := c.remove(ctx); err != nil && !errdefs.IsNotFound(err) {
 				log.G(ctx).WithError(err).WithField("container_id", c.id).Warn("container not removed")
 			}
-			waitFor(ctx, &c.jobs)
 		})
 	}
 	removals.Wait()

@@ -49,7 +49,7 @@ func testContainer(t *testing.T, command ...string) (*service, *container, *proc
 		t.Fatal(err)
 	}
 	p := &process{id: "c", init: true, io: streams, done: make(chan struct{})}
-	c.procs["c"] = p
+	c.procs["c"], c.init = p, p
 	c.reapers.Go(func() {
 		_ = cmd.Wait()
 		p.finish(exit{status: exitStatus(cmd.ProcessState)})
