@@ -38,7 +38,7 @@ func keepClock(ctx context.Context, modules *module.Loader) {
 		return
 	}
 	defer ptp.Close()
-	for range time.Tick(clockInterval) {
+	for again := time.Tick(clockInterval); ; <-again {
 		if err := follow(ctx, ptp); err != nil {
 			log.G(ctx).WithError(err).Warn("clock is no longer kept")
 			return
