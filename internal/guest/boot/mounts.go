@@ -32,9 +32,7 @@ var (
 		{fstype: "mqueue", target: "/dev/mqueue", flags: plain, optional: true},
 		{fstype: "tmpfs", target: "/run", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=0755"},
 		{fstype: "tmpfs", target: "/tmp", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=1777"},
-		// favordynmods (Linux 6.0): otherwise moving a process into a group waits for
-		// an RCU grace period, 10 to 40 ms of every container's start.
-		{fstype: "cgroup2", target: cgroupRoot, flags: plain, data: "nsdelegate,favordynmods,memory_recursiveprot"},
+		{fstype: "cgroup2", target: cgroupRoot, flags: plain, data: "nsdelegate,memory_recursiveprot"},
 		{fstype: "securityfs", target: "/sys/kernel/security", flags: plain, optional: true},
 		{fstype: "bpf", target: "/sys/fs/bpf", flags: plain, data: "mode=0700", optional: true},
 	}
