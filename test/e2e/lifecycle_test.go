@@ -12,7 +12,9 @@ import (
 func TestE2EKill(tt *testing.T) {
 	each(tt, func(t *test) {
 		id := t.spawn(nil, "sh", "-c", "trap 'exit 3' TERM; touch /tmp/ready; while :; do sleep 0.1; done")
-		t.eventually("the trap is set", func() bool { return t.try("", "task", "exec", "--exec-id", execID(), id, "test", "-e", "/tmp/ready").code == 0 })
+		t.eventually("the trap is set", func() bool {
+			return t.try("", "task", "exec", "--exec-id", execID(), id, "test", "-e", "/tmp/ready").code == 0
+		})
 		t.equal("status", t.status(id), "RUNNING")
 		t.ctr("task", "kill", "-s", "SIGTERM", id)
 		t.eventually("the task is stopped", func() bool { return t.status(id) == "STOPPED" })
