@@ -20,6 +20,7 @@ import (
 type sink struct {
 	testing.TB
 	path   string
+	ns     string
 	server *ttrpc.Server
 
 	mu   sync.Mutex
@@ -30,7 +31,7 @@ type sink struct {
 
 func newSink(tb testing.TB, path string) *sink {
 	tb.Helper()
-	s := &sink{TB: tb, path: path, news: make(chan struct{}, 1)}
+	s := &sink{TB: tb, path: path, ns: "ns", news: make(chan struct{}, 1)}
 	s.up()
 	tb.Cleanup(s.down)
 	return s
@@ -81,7 +82,7 @@ func (s *sink) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb
 	default:
 		text = fmt.Sprintf("%T", v)
 	}
-	if r.GetEnvelope().GetNamespace() != "ns" {
+	if r.GetEnvelope().GetNamespace() != s.ns {
 		text += " in namespace " + r.GetEnvelope().GetNamespace()
 	}
 	s.mu.Lock()

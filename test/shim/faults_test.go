@@ -37,6 +37,49 @@ func TestShimMachineKilled(t *testing.T) {
 	h.sink.wantNoMore(t)
 }
 
+// QEMU, or what it cannot do without, dies while the machine boots, or later.
+func TestShimHelpersKilled(t *testing.T) {
+	h := newHost(t)
+	for i, victim := range []string{"qemu-system", "virtiofsd"} {
+		c := h.bundle("boot"+string(rune('0'+i)), "sleep", "1000").start()
+		done := make(chan error, 1)
+		go func() {
+			_, err := c.Create(c.ctx(), c.createRequest())
+			done <- err
+		}()
+		deadline := time.Now().Add(patience)
+		for pid := 0; pid == 0; time.Sleep(time.Millisecond) {
+			if pid = h.look(victim); pid != 0 {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			} else if time.Now().After(deadline) {
+				t.Fatalf("no %s", victim)
+			}
+		}
+		begin := time.Now()
+		if err := <-done; err == nil || !strings.Contains(err.Error(), "killed") {
+			t.Errorf("Create whose %s is killed: %v", victim, err)
+		}
+		if took := time.Since(begin); took > 5*time.Second {
+			t.Errorf("the error took %v", took)
+		}
+		c.shutdown()
+		h.wantNothing()
+	}
+	for _, victim := range []string{"virtiofsd", "vhost-device-vsock"} {
+		if h.kernelVsock() && victim == "vhost-device-vsock" {
+			continue
+		}
+		c := h.bundle("run-"+victim[:4], "sleep", "1000").run()
+		_ = unix.Kill(h.find(victim), unix.SIGKILL)
+		h.sink.want(t, "exit "+c.id+" "+c.id+" 137")
+		if log := c.logText(); !strings.Contains(log, victim) {
+			t.Errorf("the log does not say that it was %s", victim)
+		}
+		c.delete()
+	}
+	h.sink.wantNoMore(t)
+}
+
 // The shim dies: the delete command removes everything within its five seconds.
 func TestShimKilled(t *testing.T) {
 	h := newHost(t)
@@ -161,6 +204,8 @@ func TestShimCreateCanceled(t *testing.T) {
 // The longest names that containerd allows.
 func TestShimLongNames(t *testing.T) {
 	h := newHost(t)
+	h.ns = strings.Repeat("n", 76)
+	h.sink.ns = h.ns
 	c := h.bundle(strings.Repeat("c", 76), "true").run()
 	if code := c.wait(""); code != 0 {
 		t.Errorf("exit code %d", code)

@@ -44,6 +44,7 @@ type host struct {
 	local   *daemon.Local
 	sink    *sink
 	sockets string
+	ns      string // containerd's namespace
 	all     []*tasks
 }
 
@@ -64,7 +65,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 	if err := local.Built(); err != nil {
 		tb.Fatal(err)
 	}
-	h := &host{TB: tb, dir: dir, local: local, sockets: filepath.Join(dir, "k")}
+	h := &host{TB: tb, dir: dir, local: local, sockets: filepath.Join(dir, "k"), ns: "ns"}
 	h.binary = os.Getenv("VMSHIM_TEST_SHIM")
 	if h.binary == "" {
 		h.binary = filepath.Join(local.ShimDir(), "containerd-shim-vm-v2")
@@ -147,17 +148,31 @@ func (h *host) pids() (pids []int) {
 	return pids
 }
 
-// find is the one process whose command line has the text in it.
+// find is the process whose command line has the text in it.
 func (h *host) find(text string) int {
 	h.Helper()
+	pid := h.look(text)
+	if pid == 0 {
+		h.Fatalf("no process %q", text)
+	}
+	return pid
+}
+
+// look is find, and 0 when there is none.
+func (h *host) look(text string) int {
 	for _, pid := range h.pids() {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if bytes.Contains(cmdline, []byte(text)) {
 			return pid
 		}
 	}
-	h.Fatalf("no process %q", text)
 	return 0
+}
+
+// kernelVsock says that no helper carries the streams.
+func (h *host) kernelVsock() bool {
+	_, err := os.Stat("/dev/vhost-vsock")
+	return err == nil
 }
 
 // A tasks is one task as containerd sees it: a bundle, and a connection to its shim.
@@ -278,7 +293,7 @@ func (t *tasks) start() *tasks {
 		t.Fatal(err)
 	}
 	params, err := proto.Marshal(&bootapi.BootstrapParams{
-		InstanceID: t.id, Namespace: "ns", SocketDir: &t.sockets, ContainerdTtrpcAddress: t.sink.path,
+		InstanceID: t.id, Namespace: t.ns, SocketDir: &t.sockets, ContainerdTtrpcAddress: t.sink.path,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -308,7 +323,7 @@ func (t *tasks) connect() {
 }
 
 func (t *tasks) command(stdin []byte, args ...string) *exec.Cmd {
-	common := []string{"-namespace", "ns", "-address", filepath.Join(t.dir, "c.sock"), "-publish-binary", "/bin/false", "-id", t.id}
+	common := []string{"-namespace", t.ns, "-address", filepath.Join(t.dir, "c.sock"), "-publish-binary", "/bin/false", "-id", t.id}
 	cmd := exec.Command(t.binary, append(common, args...)...)
 	cmd.Dir = t.bundle
 	cmd.Env = append(os.Environ(), "VMSHIM_CONFIG="+t.local.ShimConfig(), "TTRPC_ADDRESS="+t.sink.path,
