@@ -47,9 +47,10 @@ func guestMain(args []string) int {
 	return 0
 }
 
-// pour writes the volume.
+// pour writes the volume, in pieces that vhost-device-vsock can read: it drops
+// packets that the guest's kernel made of several pieces of memory.
 func pour(w io.Writer) error {
-	chunk := make([]byte, 64<<10)
+	chunk := make([]byte, 32<<10)
 	for range volume / len(chunk) {
 		if _, err := w.Write(chunk); err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vmshim/vmshim/test/daemon"
 )
@@ -36,6 +37,8 @@ func run() int {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, time.Hour)
+	defer cancel()
 	results, err := bench(ctx, *runs, *cycles, *only)
 	if err == nil && *jsonPath != "" {
 		err = writeJSON(*jsonPath, results)

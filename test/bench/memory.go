@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -40,6 +41,13 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 		if part.Value, err = pss(pids[i]); err != nil {
 			return err
 		}
+		if part.AtMost == 0 { // the shim's children are the other parts
+			children, err := childrenPSS(pids[i])
+			if err != nil {
+				return err
+			}
+			part.Value += children
+		}
 		res.add(part)
 	}
 	used, err := c.guestMemory(ctx)
@@ -54,6 +62,26 @@ func pss(pid int) (float64, error) {
 		return 0, err
 	}
 	return field(string(text), "Pss:")
+}
+
+// childrenPSS is that of a helper's own processes: virtiofsd is two.
+func childrenPSS(pid int) (sum float64, _ error) {
+	pids, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return 0, err
+	}
+	for child := range strings.FieldsSeq(string(pids)) {
+		pid, err := strconv.Atoi(child)
+		if err != nil {
+			return 0, err
+		}
+		mib, err := pss(pid)
+		if err != nil {
+			return 0, err
+		}
+		sum += mib
+	}
+	return sum, nil
 }
 
 // guestMemory is what the guest does not offer to its containers.

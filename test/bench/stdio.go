@@ -79,6 +79,7 @@ func raw(ctx context.Context, dial vsock.Dialer, direction byte) (time.Duration,
 		return 0, err
 	}
 	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	began := time.Now()
 	if _, err := conn.Write([]byte{direction}); err != nil {
 		return 0, err

@@ -74,6 +74,7 @@ type process struct {
 	began         time.Time // when Exec was called
 	stdin, stdout *os.File
 	dir           string
+	forget        func() bool // ends the watch over the context
 }
 
 // exec starts a process.
@@ -97,9 +98,12 @@ func (c *container) exec(ctx context.Context, args ...string) (_ *process, err e
 	if err != nil {
 		return nil, err
 	}
+	p.forget = context.AfterFunc(ctx, func() { // nobody waits for a stream for ever
+		_, _ = p.stdin.SetDeadline(time.Unix(1, 0)), p.stdout.SetDeadline(time.Unix(1, 0))
+	})
 	p.began = time.Now()
 	_, err = c.Exec(ctx, &task.ExecProcessRequest{
-		ID: c.id, ExecID: p.id, Stdin: in, Stdout: out,
+		ID: c.id, ExecID: p.id, Stdin: in, Stdout: out, Stderr: os.DevNull,
 		Spec: &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Process", Value: spec},
 	})
 	if err != nil {
@@ -111,6 +115,7 @@ func (c *container) exec(ctx context.Context, args ...string) (_ *process, err e
 
 // end waits for the process and forgets it.
 func (p *process) end(ctx context.Context) error {
+	p.forget()
 	w, err := p.c.Wait(ctx, &task.WaitRequest{ID: p.c.id, ExecID: p.id})
 	if err == nil && w.ExitStatus != 0 {
 		err = fmt.Errorf("%s ended with %d", p.id, w.ExitStatus)
