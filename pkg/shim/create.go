@@ -52,6 +52,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
+	if cfg.Debug {
+		log.G(ctx).Logger.SetLevel(log.DebugLevel)
+	}
 	std := stdioOf(r)
 	relay, err := newRelay(ctx, r.GetID(), s.cmd.namespace, std)
 	if err != nil {
