@@ -28,8 +28,9 @@ const clientBytes = 20 << 20
 // A guest is a machine as pkg/agent sees it.
 type guest struct {
 	*agent.Client
-	t *testing.T
-	m *vmtest.Machine
+	t         *testing.T
+	m         *vmtest.Machine
+	rawstream string // the program
 }
 
 const guestShare = "/run/kata-containers/shared/containers/"
@@ -38,7 +39,12 @@ const guestShare = "/run/kata-containers/shared/containers/"
 func startGuest(t *testing.T) *guest {
 	t.Helper()
 	m := vmtest.Boot(t)
-	g := &guest{t: t, m: m, Client: agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(1024)})}
+	g := &guest{
+		Client:    agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(1024)}),
+		t:         t,
+		m:         m,
+		rawstream: buildRawstream(t),
+	}
 	t.Cleanup(func() { g.MarkDead(errors.New("test is over")) })
 	err := g.StartSandbox(vmtest.Context(t), agent.Sandbox{Request: &protocol.CreateSandboxRequest{
 		Hostname: "pod", SandboxId: "pod",
@@ -51,7 +57,11 @@ func startGuest(t *testing.T) *guest {
 }
 
 // on is the same guest for a part of the test.
-func (g *guest) on(t *testing.T) *guest { return &guest{Client: g.Client, t: t, m: g.m} }
+func (g *guest) on(t *testing.T) *guest {
+	part := *g
+	part.t = t
+	return &part
+}
 
 // create makes a container that has busybox and rawstream; it is removed with the test.
 func (g *guest) create(id string, args ...string) {
@@ -63,7 +73,7 @@ func (g *guest) create(id string, args ...string) {
 		}
 	}
 	install(g.t, "/bin/busybox", filepath.Join(root, "bin/busybox"))
-	install(g.t, rawstream(g.t), filepath.Join(root, "bin/rawstream"))
+	install(g.t, g.rawstream, filepath.Join(root, "bin/rawstream"))
 	for _, name := range []string{"sh", "cat", "sleep"} {
 		_ = os.Symlink("busybox", filepath.Join(root, "bin", name))
 	}
@@ -109,31 +119,16 @@ func install(t *testing.T, from, to string) {
 	}
 }
 
-var builtRawstream struct {
-	sync.Once
-	path string
-	err  error
-}
-
-func rawstream(t *testing.T) string {
+// buildRawstream builds the program that the containers have.
+func buildRawstream(t *testing.T) string {
 	t.Helper()
-	b := &builtRawstream
-	b.Do(func() {
-		var dir string
-		if dir, b.err = os.MkdirTemp("", "rawstream"); b.err != nil { //nolint:usetesting // outlives the test
-			return
-		}
-		b.path = filepath.Join(dir, "rawstream")
-		cmd := exec.Command("go", "build", "-o", b.path, "./rawstream")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			b.err = fmt.Errorf("%w: %s", err, out)
-		}
-	})
-	if b.err != nil {
-		t.Fatal(b.err)
+	path := filepath.Join(t.TempDir(), "rawstream")
+	cmd := exec.Command("go", "build", "-o", path, "./rawstream")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
-	return b.path
+	return path
 }
 
 func (g *guest) streams(id, execID string) *agent.Streams {
