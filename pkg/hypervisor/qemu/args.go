@@ -72,7 +72,7 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	// user while the file is not.
 	a.add("-kernel", fdPath(fd.Kernel))
 	a.add("-initrd", fdPath(fd.Initrd))
-	a.add("-append", strings.Join(kernelParams(spec, ready), " "))
+	a.add("-append", strings.Join(kernelParams(spec, host.Accelerator, ready), " "))
 	return a
 }
 

@@ -114,7 +114,7 @@ func TestVirtiofsdArgs(t *testing.T) {
 func TestKernelParamsOrder(t *testing.T) {
 	s := spec("amd64")
 	s.KernelParams = []string{"panic=0", "x"}
-	got := kernelParams(s, "1:t")
+	got := kernelParams(s, TCG, "1:t")
 	if n := len(got); !slices.Equal(got[n-3:], []string{"vmshim.ready=1:t", "panic=0", "x"}) {
 		t.Errorf("params end with %q", got[n-3:])
 	}

@@ -137,7 +137,7 @@ func (o Options) validate(spec hypervisor.Spec) error {
 	if !filepath.IsAbs(o.Dir) {
 		bad("directory %q is not absolute", o.Dir)
 	}
-	if n := len(strings.Join(kernelParams(spec, strings.Repeat("x", 40)), " ")); n >= commandLineSize {
+	if n := len(strings.Join(kernelParams(spec, TCG, strings.Repeat("x", 40)), " ")); n >= commandLineSize {
 		bad("%d bytes of kernel parameters, more than %d", n, commandLineSize-1)
 	}
 	if n := len(spec.Shares); n > maxShares {
