@@ -1,10 +1,12 @@
 package shim
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -372,12 +374,37 @@ func TestDaemonMounts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A namespace without a process ends, and its mounts are no masters any
+	// more: the shell stays in it until its input ends.
 	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "--propagation", "shared", "sh", "-c",
-		`readlink /proc/self/ns/mnt >ns; exec "$0" "$@"`, self, "-namespace", "ns", "-address", "/run/x.sock", "-id", "c1", "start")
+		`readlink /proc/self/ns/mnt >ns; "$0" "$@" <params >answer && echo started && cd / && exec cat`,
+		self, "-namespace", "ns", "-address", "/run/x.sock", "-id", "c1", "start")
 	cmd.Dir = b.dir
-	cmd.Stdin = bytes.NewReader(stdin)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	if err := os.WriteFile(filepath.Join(b.dir, "params"), stdin, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stay, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	leave := func() {
+		stay.Close()
+		_, _ = io.Copy(io.Discard, stdout)
+		_ = cmd.Wait()
+	}
+	defer leave()
+	if answer, err := bufio.NewReader(stdout).ReadString('\n'); answer != "started\n" {
+		leave()
+		t.Fatalf("start: %q, %v: %s", answer, err, &stderr)
 	}
 	pid := daemons(b.dir)[0]
 	host, err := os.ReadFile(filepath.Join(b.dir, "ns"))
