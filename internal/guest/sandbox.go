@@ -31,12 +31,14 @@ type sandbox struct {
 	watcher  *watcher
 	oom      *oomQueue
 	storages *storages
+	network  *network
 
 	setup lock          // held by CreateSandbox and DestroySandbox
 	undo  cleanup.Stack // what CreateSandbox did; guarded by setup
 
 	mu         sync.Mutex
 	id         string                // guarded by mu
+	net        *namespace            // the network's; guarded by mu
 	pinned     *pinned               // guarded by mu; nil: there is no sandbox
 	pidOwner   *process              // the first process of the shared pid namespace; guarded by mu
 	containers map[string]*container // guarded by mu
@@ -47,7 +49,7 @@ type sandbox struct {
 
 func newSandbox(cfg Config, w *watcher) *sandbox {
 	return &sandbox{
-		cfg: cfg, watcher: w, oom: newOOMQueue(), storages: newStorages(cfg), setup: newLock(),
+		cfg: cfg, watcher: w, oom: newOOMQueue(), storages: newStorages(cfg), network: newNetwork(cfg.HotplugTimeout), setup: newLock(),
 		containers: map[string]*container{}, destroyed: make(chan struct{}),
 	}
 }
@@ -109,6 +111,10 @@ func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest
 			return err
 		}
 	}
+	net, err := b.network.pin()
+	if err != nil {
+		return err
+	}
 	pins, err := pinNamespaces(req.GetHostname())
 	if err != nil {
 		return err
@@ -126,7 +132,7 @@ func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.id, b.pinned = req.GetSandboxId(), pins
+	b.id, b.net, b.pinned = req.GetSandboxId(), net, pins
 	return nil
 }
 
@@ -219,7 +225,7 @@ func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, shared
 	defer b.mu.Unlock()
 	list := []specs.LinuxNamespace{
 		{Type: specs.MountNamespace, Path: mnt.path()},
-		{Type: specs.NetworkNamespace, Path: b.pinned.net.path()},
+		{Type: specs.NetworkNamespace, Path: b.net.path()},
 		{Type: specs.IPCNamespace, Path: b.pinned.ipc.path()},
 		{Type: specs.UTSNamespace, Path: b.pinned.uts.path()},
 		{Type: specs.CgroupNamespace},
@@ -294,7 +300,7 @@ func (b *sandbox) destroy(ctx context.Context) {
 		})
 	}
 	removals.Wait()
-	if err := b.undo.Run(); err != nil {
+	if err := errors.Join(b.undo.Run(), b.network.close()); err != nil {
 		log.G(ctx).WithError(err).Warn("sandbox not cleaned up")
 	}
 	close(b.destroyed)
