@@ -154,7 +154,7 @@ func (a *argv) share(i int, share hypervisor.Share, fd int) {
 // file, and takes no lock: who may use it is the owner's business. The guest
 // finds the disk by its serial number.
 func (a *argv) disk(i int, disk hypervisor.Disk, fd diskDescriptor) {
-	set, node := i+1, fmt.Sprintf("disk%d", i)
+	set, node := i+1, bootNode(i)
 	a.add("-add-fd", fmt.Sprintf("fd=%d,set=%d", fd.FD, set))
 	driver := "file"
 	if fd.Block {
@@ -167,6 +167,9 @@ func (a *argv) disk(i int, disk hypervisor.Disk, fd diskDescriptor) {
 	a.add("-blockdev", fmt.Sprintf("driver=%s,node-name=%s,filename=/dev/fdset/%d,locking=off,%s", driver, node, set, access))
 	a.device("virtio-blk-pci", "blk"+node, diskSlot+i, "drive="+node, "serial="+escape(disk.ID))
 }
+
+// bootNode is the block node of a disk that is there at boot.
+func bootNode(i int) string { return fmt.Sprintf("disk%d", i) }
 
 // escape makes an outside string one value of an option (qemu(1), "-name").
 func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }

@@ -40,7 +40,8 @@ func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error)
 			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
 			cgroupFD: opts.CgroupFD, started: opts.Started,
 		},
-		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
+		scsiTurn: newTurn(),
+		deaf:     make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
 	}
 	if err := vm.boot(ctx); err != nil {
 		vm.fail("start: " + err.Error())
@@ -196,7 +197,7 @@ func (vm *VM) openImages(fd *descriptors, give func(*os.File) int) error {
 	for _, disk := range vm.spec.Disks {
 		f, block, err := openDisk(disk)
 		if err != nil {
-			return err
+			return fmt.Errorf("disk %s: %w", disk.ID, err)
 		}
 		fd.Disks = append(fd.Disks, diskDescriptor{FD: give(f), Block: block})
 	}

@@ -37,6 +37,9 @@ type VM struct {
 
 	files    cleanup.Stack  // what the machine has in the sandbox's directory
 	watchers sync.WaitGroup // of processes, QMP and doorbell
+	calls    sync.WaitGroup // that change the running machine; none begins after down
+	plugs    plugs
+	scsiTurn turn // to plug the controller
 
 	deaf chan struct{} // closed when QMP has ended: no event comes any more
 	down chan struct{} // closed by fail: the machine has ended or is to

@@ -109,6 +109,7 @@ func (vm *VM) qemuState(p *process) string {
 
 // event is called by the QMP client.
 func (vm *VM) event(e qmp.Event) {
+	vm.plugs.event(e)
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
 	switch e.Name {
@@ -163,6 +164,7 @@ func (vm *VM) fail(state string) {
 // bury waits for a machine that is down, and removes what is left of it.
 func (vm *VM) bury() {
 	<-vm.down
+	vm.calls.Wait()
 	for _, p := range vm.processes { // none is added any more
 		<-p.done
 	}
