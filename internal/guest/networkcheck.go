@@ -49,7 +49,7 @@ func parseInterface(in *types.Interface) (*iface, error) {
 		}
 	}
 	if in.GetDevicePath() != "" {
-		if out.pci, err = parsePCIPath(in.GetDevicePath()); err != nil {
+		if out.pci, err = parseCardPath(in.GetDevicePath()); err != nil {
 			return nil, err
 		}
 	}
@@ -115,15 +115,15 @@ func parseAddress(in *types.IPAddress) (netip.Prefix, error) {
 	return netip.PrefixFrom(ip, int(bits)), nil
 }
 
-// pciSlot is how the protocol names a device on its bus: 05, or 05.1.
-var pciSlot = regexp.MustCompile(`^[0-9a-f]{2}(\.[0-7])?$`)
+// cardSlot is how the protocol names a device on its bus: 05, or 05.1.
+var cardSlot = regexp.MustCompile(`^[0-9a-f]{2}(\.[0-7])?$`)
 
-// parsePCIPath takes "02/05" apart: the slots of bridges and device, from the
+// parseCardPath takes "02/05" apart: the slots of bridges and device, from the
 // root on.
-func parsePCIPath(s string) ([]string, error) {
+func parseCardPath(s string) ([]string, error) {
 	var slots []string
 	for part := range strings.SplitSeq(s, "/") {
-		if !pciSlot.MatchString(part) || len(slots) > 16 {
+		if !cardSlot.MatchString(part) || len(slots) > 16 {
 			return nil, invalid("PCI path %q", bound(s, 128))
 		}
 		if len(part) == 2 {
@@ -134,15 +134,15 @@ func parsePCIPath(s string) ([]string, error) {
 	return slots, nil
 }
 
-// pciAddress is a device's directory in sysfs: domain, bus, slot and function.
-var pciAddress = regexp.MustCompile(`^[0-9a-f]{4,}:[0-9a-f]{2}:([0-9a-f]{2}\.[0-7])$`)
+// cardAddress is a device's directory in sysfs: domain, bus, slot and function.
+var cardAddress = regexp.MustCompile(`^[0-9a-f]{4,}:[0-9a-f]{2}:([0-9a-f]{2}\.[0-7])$`)
 
-// atPCIPath says whether a directory of sysfs is that of the PCI device, or of
+// atCardPath says whether a directory of sysfs is that of the PCI device, or of
 // something that it carries.
-func atPCIPath(dir string, slots []string) bool {
+func atCardPath(dir string, slots []string) bool {
 	var found []string
 	for part := range strings.SplitSeq(path.Clean(dir), "/") {
-		if m := pciAddress.FindStringSubmatch(part); m != nil {
+		if m := cardAddress.FindStringSubmatch(part); m != nil {
 			found = append(found, m[1])
 		}
 	}

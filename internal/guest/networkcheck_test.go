@@ -67,7 +67,7 @@ func TestParseInterface(t *testing.T) {
 	}
 }
 
-func TestAtPCIPath(t *testing.T) {
+func TestAtCardPath(t *testing.T) {
 	for _, test := range []struct {
 		dir, path string
 		want      bool
@@ -83,8 +83,8 @@ func TestAtPCIPath(t *testing.T) {
 		{"/sys/devices/virtual/net/dummy0", "02/05", false},
 		{"", "02/05", false},
 	} {
-		slots, err := parsePCIPath(test.path)
-		if err != nil || atPCIPath(test.dir, slots) != test.want {
+		slots, err := parseCardPath(test.path)
+		if err != nil || atCardPath(test.dir, slots) != test.want {
 			t.Errorf("%s at %s: want %v, %v", test.dir, test.path, test.want, err)
 		}
 	}
@@ -251,7 +251,7 @@ func FuzzNetworkRequests(f *testing.F) {
 				for _, slot := range w.pci {
 					parts = append(parts, "0000:00:"+slot)
 				}
-				if !atPCIPath(filepath.Join(parts...), w.pci) {
+				if !atCardPath(filepath.Join(parts...), w.pci) {
 					t.Errorf("%q is not found", path)
 				}
 			}

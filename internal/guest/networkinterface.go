@@ -147,7 +147,7 @@ func (w *iface) pick(all []candidate, dirOf func(*netlink.LinkAttrs) string) *ca
 		return nil
 	}
 	if w.pci != nil {
-		return first(func(a *netlink.LinkAttrs) bool { return atPCIPath(dirOf(a), w.pci) })
+		return first(func(a *netlink.LinkAttrs) bool { return atCardPath(dirOf(a), w.pci) })
 	}
 	if w.mac != nil {
 		if c := first(func(a *netlink.LinkAttrs) bool { return bytes.Equal(a.HardwareAddr, w.mac) }); c != nil {
