@@ -187,9 +187,9 @@ func TestPlanRoutes(t *testing.T) {
 		{name: "other order", want: []route{default1, default2}, have: []route{default2, default1}, remove: "0.0.0.0/0 via 10.0.0.2 dev a, 0.0.0.0/0 via 10.0.0.1 dev a", add: "0.0.0.0/0 via 10.0.0.1 dev a!, 0.0.0.0/0 via 10.0.0.2 dev a"},
 		{name: "beside the kernel's", want: []route{net10, parse("10.0.0.0/8", "", "b")}, have: []route{kernel(net10)}, add: "10.0.0.0/8 dev b"},
 	} {
-		var have []entry
+		var have []tableEntry
 		for _, r := range test.have {
-			have = append(have, entry{routes: []route{r}})
+			have = append(have, tableEntry{routes: []route{r}})
 		}
 		remove, add := planRoutes(test.want, have)
 		var removed, added []string

@@ -128,16 +128,16 @@ func toRoute(r route) *types.Route {
 	return out
 }
 
-// An entry is an entry of a table, and the routes in it: several where a
+// A tableEntry is an entry of a table, and the routes in it: several where a
 // destination has several next hops.
-type entry struct {
+type tableEntry struct {
 	raw    netlink.Route
 	routes []route
 }
 
-// toEntry leaves out what the protocol can't say.
-func toEntry(raw netlink.Route, name map[int]string) (entry, bool) {
-	e := entry{raw: raw}
+// toTableEntry leaves out what the protocol can't say.
+func toTableEntry(raw netlink.Route, name map[int]string) (tableEntry, bool) {
+	e := tableEntry{raw: raw}
 	if raw.Type != unix.RTN_UNICAST || raw.Via != nil || raw.Encap != nil {
 		return e, false
 	}
@@ -172,19 +172,19 @@ func addrOf(ip net.IP) netip.Addr {
 }
 
 // table lists the main tables of both families, in the kernel's order.
-func table(h *netlink.Handle) ([]entry, error) {
+func table(h *netlink.Handle) ([]tableEntry, error) {
 	_, name, err := linkNames(h)
 	if err != nil {
 		return nil, err
 	}
-	var all []entry
+	var all []tableEntry
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := dump(func() ([]netlink.Route, error) { return h.RouteList(nil, family) })
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
 		for _, raw := range list {
-			if e, ok := toEntry(raw, name); ok {
+			if e, ok := toTableEntry(raw, name); ok {
 				all = append(all, e)
 			}
 		}
@@ -301,7 +301,7 @@ type addition struct {
 
 // planRoutes says what to remove and then to add, so that the table is what is
 // wanted. A destination whose routes are right, order included, is left alone.
-func planRoutes(want []route, have []entry) (remove []entry, add []addition) {
+func planRoutes(want []route, have []tableEntry) (remove []tableEntry, add []addition) {
 	wanted := map[netip.Prefix][]route{}
 	for _, r := range want {
 		wanted[r.dst] = append(wanted[r.dst], r)
