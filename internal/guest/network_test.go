@@ -289,21 +289,28 @@ func TestUpdateRoutes(t *testing.T) {
 		{Gateway: "169.254.1.1", Device: "eth0"},
 		{Gateway: "10.1.0.1", Device: "eth1"},
 		{Gateway: "fe80::1", Device: "eth0", Family: types.IPFamily_v6},
+		{Gateway: "fd00::1", Device: "eth0", Family: types.IPFamily_v6}, // the kernel makes one of them, with two hops
 		{Dest: "10.7.0.0/16", Gateway: "192.168.0.1", Device: "eth1", Flags: unix.RTNH_F_ONLINK, Mtu: 1300, Source: "10.1.0.2"},
 		{Dest: "fd07::/16", Gateway: "fd00::9", Device: "eth0", Family: types.IPFamily_v6, Mtu: 1300},
 		{Dest: "169.254.1.1/32", Device: "eth0", Scope: unix.RT_SCOPE_LINK},
 		{Dest: "10.0.0.0/24", Device: "eth0", Source: "10.0.0.2", Scope: unix.RT_SCOPE_LINK}, // the kernel's
 	}
 	want := append([]string{
-		" via 169.254.1.1 dev eth0", " via 10.1.0.1 dev eth1", " via fe80::1 dev eth0",
+		" via 169.254.1.1 dev eth0", " via 10.1.0.1 dev eth1", " via fe80::1 dev eth0", " via fd00::1 dev eth0",
 		"10.7.0.0/16 via 192.168.0.1 dev eth1 src 10.1.0.2 mtu 1300 onlink true",
 		"fd07::/16 via fd00::9 dev eth0 mtu 1300", "169.254.1.1/32 dev eth0 scope 253",
 	}, kernel...)
-	for range 2 { // the second time there is nothing to do
-		if err := set(list...); err != nil {
-			t.Fatal(err)
-		}
-		n.routes(want...)
+	if err := set(list...); err != nil {
+		t.Fatal(err)
+	}
+	n.routes(want...)
+	// Then there is nothing to do.
+	var again []route
+	for _, r := range list {
+		again = append(again, must(parseRoute(r)).plain())
+	}
+	if remove, add := planRoutes(again, must(table(n.in))); len(remove)+len(add) > 0 {
+		t.Errorf("once more: remove %v, add %v", remove, add)
 	}
 	// The table as it is listed can be set.
 	all, err := n.ListRoutes(t.Context(), nil)
@@ -417,8 +424,26 @@ func TestNetworkLife(t *testing.T) {
 			t.Error("another network")
 		}
 	}
-	if err := n.sandbox.network.close(); err != nil {
+	n.plug("eth0", mac1)
+	n.update(&types.Interface{Name: "eth0", HwAddr: mac1})
+	n.in.Close() // its socket holds the network
+	events, stop, err := n.sandbox.network.outside.linkEvents()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	if _, err := n.DestroySandbox(t.Context(), nil); err != nil {
 		t.Error(err)
+	}
+	for timeout := time.After(20 * time.Second); ; {
+		if _, err := n.out.LinkByName("peer01"); err != nil {
+			break // with the card that went with the network
+		}
+		select {
+		case <-events:
+		case <-timeout:
+			t.Fatal("the network is still there")
+		}
 	}
 	if _, err := n.ListInterfaces(t.Context(), nil); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("after the end: %v", err)
