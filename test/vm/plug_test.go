@@ -13,6 +13,7 @@ import (
 	"unsafe"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
@@ -49,10 +50,14 @@ func TestVMPlug(t *testing.T) {
 		{"every slot", plugEverySlot},
 	} {
 		t.Run(part.name, func(t *testing.T) {
-			descriptors := openDescriptors(t)
+			own, qemus := m.descriptors()
 			part.test(t, m.on(t))
-			if now := openDescriptors(t); !slices.Equal(now, descriptors) {
-				t.Errorf("descriptors %q, before %q", now, descriptors)
+			now, qemuNow := m.descriptors()
+			if diff := cmp.Diff(own, now); diff != "" {
+				t.Errorf("own descriptors (-before +now):\n%s", diff)
+			}
+			if diff := cmp.Diff(qemus, qemuNow); diff != "" {
+				t.Errorf("qemu's descriptors (-before +now):\n%s", diff)
 			}
 		})
 	}
@@ -90,19 +95,31 @@ func (m *machine) seen(script, want string) {
 	m.tb.Errorf("the guest has %q, want %q: %s", got, want, script)
 }
 
-func openDescriptors(t *testing.T) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
+// descriptors lists the open files of the test and of QEMU.
+func (m *machine) descriptors() (own, qemus []string) {
+	m.tb.Helper()
+	list := func(pid string) (files []string) {
+		dir := "/proc/" + pid + "/fd/"
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			m.tb.Fatal(err)
+		}
+		for _, e := range entries {
+			target, err := os.Readlink(dir + e.Name())
+			if err != nil || strings.HasPrefix(target, "/proc/") { // the directory itself
+				continue
+			}
+			files = append(files, strings.TrimRight(target, "0123456789[]")) // socket:[4711]
+		}
+		slices.Sort(files)
+		return files
 	}
-	var list []string
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(target, "/proc/") && !strings.HasPrefix(target, "socket:") && !strings.HasPrefix(target, "anon_inode") {
-			list = append(list, target)
+	for _, p := range m.Processes() {
+		if p.Role == "qemu" {
+			qemus = list(fmt.Sprint(p.PID))
 		}
 	}
-	return list
+	return list("self"), qemus
 }
 
 // Modules of memory for guests without virtio-mem. Online as movable they go

@@ -172,7 +172,7 @@ const askAgain = 6 * time.Second
 // remove asks the guest to let a device go, and waits until it did.
 func (vm *VM) remove(ctx context.Context, p *plug) error {
 	p.forget() // what it said to an earlier request
-	again := time.NewTicker(askAgain)
+	again := time.NewTicker(vm.askAgain)
 	defer again.Stop()
 	for {
 		select {

@@ -224,8 +224,8 @@ func TestUnplugDiskLate(t *testing.T) {
 // A guest that missed the request is asked again, and QEMU with it: an event
 // may have been missed here.
 func TestUnplugDiskAsksAgain(t *testing.T) {
-	t.Parallel()
 	vm := scripted(t, plugged, delDevice, refuse("device_del"), qmptest.Expect("device_del"), absent, delNode, delSet)
+	vm.askAgain = 20 * time.Millisecond
 	if _, err := vm.PlugDisk(within(t), image(t)); err != nil {
 		t.Fatal(err)
 	}

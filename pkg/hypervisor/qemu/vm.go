@@ -40,6 +40,7 @@ type VM struct {
 	calls    sync.WaitGroup // that change the running machine; none begins after down
 	plugs    plugs
 	resized  chan struct{} // has an element when the size of memory may have changed
+	askAgain time.Duration // of the package; shorter in tests
 	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
 	scsiTurn, cpuTurn, memoryTurn turn
 
