@@ -69,9 +69,9 @@ func (vm *VM) undoing(ctx context.Context) (context.Context, context.CancelFunc)
 	}
 }
 
-// plug adds a device. It is found again by kind and id.
-func (vm *VM) plug(ctx context.Context, what hypervisor.Plugged, steps func(*plug) []step) (*plug, error) {
-	p, err := vm.plugs.reserve(what, vm.slots(what.Kind))
+// plug adds a device in a slot of those. It is found again by kind and id.
+func (vm *VM) plug(ctx context.Context, what hypervisor.Plugged, from slots, steps func(*plug) []step) (*plug, error) {
+	p, err := vm.plugs.reserve(what, from)
 	if err != nil {
 		return nil, err
 	}
@@ -134,20 +134,6 @@ func (vm *VM) unplug(ctx context.Context, id string, kinds ...hypervisor.Kind) e
 // Plugged lists the devices that were added since the machine started.
 func (vm *VM) Plugged() []hypervisor.Plugged { return vm.plugs.list() }
 
-// slots are the numbers that a kind of device can have.
-func (vm *VM) slots(kind hypervisor.Kind) slots {
-	switch kind {
-	case hypervisor.KindSCSIDisk:
-		return scsiTargets
-	case hypervisor.KindMemory:
-		return slots{"memory slot", 0, vm.spec.MemorySlots - 1}
-	case hypervisor.KindCPU:
-		return slots{"cpu", 0, vm.spec.MaxVCPUs - 1}
-	default:
-		return busSlots
-	}
-}
-
 // properties are arguments of a QMP command.
 type properties map[string]any
 
@@ -186,7 +172,7 @@ const askAgain = 6 * time.Second
 // remove asks the guest to let a device go, and waits until it did.
 func (vm *VM) remove(ctx context.Context, p *plug) error {
 	p.forget() // what it said to an earlier request
-	again := time.NewTicker(askAgain)
+	again := time.NewTicker(vm.askAgain)
 	defer again.Stop()
 	for {
 		select {

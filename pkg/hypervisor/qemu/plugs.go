@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -87,7 +88,7 @@ func onBus(kind hypervisor.Kind) bool {
 }
 
 // reserve makes a record for a new device, in a slot of its own. It is the
-// caller's until settled.
+// caller's until settled. What nobody else names has its slot as its id.
 func (ps *plugs) reserve(what hypervisor.Plugged, from slots) (*plug, error) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -107,7 +108,9 @@ func (ps *plugs) reserve(what hypervisor.Plugged, from slots) (*plug, error) {
 	if err != nil {
 		return nil, err
 	}
-	what.Slot = slot
+	if what.Slot = slot; what.ID == "" {
+		what.ID = strconv.Itoa(slot)
+	}
 	p := &plug{Plugged: what, gone: make(chan struct{}), refused: make(chan string, 1), busy: true}
 	if ps.all == nil {
 		ps.all = map[string]*plug{}
