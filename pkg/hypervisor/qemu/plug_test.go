@@ -197,6 +197,22 @@ func TestPlugDiskUndoFails(t *testing.T) {
 	wantPlugged(t, vm)
 }
 
+// An undo of which nobody knows whether it was done is done again.
+func TestPlugDiskUndoLost(t *testing.T) {
+	ctx, cancel := context.WithCancel(within(t))
+	vm := scripted(t, plugged, qmptest.Expect("device_del"), absent, qmptest.Expect("blockdev-del"), qmptest.Do(cancel),
+		refuse("blockdev-del"), refuse("remove-fd"), delSet)
+	if _, err := vm.PlugDisk(within(t), image(t)); err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, vm.UnplugDisk(ctx, "a"), context.Canceled, "unplug disk a: qmp blockdev-del")
+	wantError(t, vm.UnplugDisk(within(t), "a"), nil, "qmp remove-fd") // which was certainly there
+	if err := vm.UnplugDisk(within(t), "a"); err != nil {
+		t.Error(err)
+	}
+	wantPlugged(t, vm)
+}
+
 // A guest that does not answer bounds nothing; when it does later, the unplug
 // goes on.
 func TestUnplugDiskLate(t *testing.T) {
@@ -282,7 +298,7 @@ func TestPlugDeath(t *testing.T) {
 	wantError(t, vm.UnplugDisk(within(t), "a"), errdefs.ErrFailedPrecondition, "being plugged or unplugged")
 	start := time.Now()
 	_ = vm.Kill()
-	wantError(t, <-unplug, errdefs.ErrUnavailable, "machine is gone")
+	wantError(t, <-unplug, errdefs.ErrUnavailable, "gone")
 	if d := time.Since(start); d > time.Second {
 		t.Errorf("killed after %v", d)
 	}
