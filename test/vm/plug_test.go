@@ -223,7 +223,7 @@ func TestVMKillBesidePlug(t *testing.T) {
 		t.Error(err)
 	}
 	jobs.Wait()
-	if d := time.Since(start); d > 2*time.Second {
+	if d := time.Since(start); d > 5*time.Second { // none of the calls would have ended by then
 		t.Errorf("killed after %v", d)
 	}
 }
