@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp"
@@ -119,6 +120,12 @@ func TestPlugDisk(t *testing.T) {
 	wantError(t, err, errdefs.ErrNotFound, "plug disk b: open /no/disk")
 	_, err = vm.PlugDisk(within(t), hypervisor.Disk{ID: "B"})
 	wantError(t, err, errdefs.ErrInvalidArgument, "not absolute")
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = vm.PlugDisk(within(t), hypervisor.Disk{ID: "b", Path: pipe, ReadOnly: true})
+	wantError(t, err, errdefs.ErrInvalidArgument, "neither a file nor a block device")
 	if err := vm.UnplugDisk(within(t), "a"); err != nil {
 		t.Error(err)
 	}
@@ -191,6 +198,22 @@ func TestPlugDiskUndoFails(t *testing.T) {
 	_, err := vm.PlugDisk(within(t), disk)
 	wantError(t, err, nil, `"no such luck"; undo: qmp blockdev-del`)
 	wantPlugged(t, vm, hypervisor.Plugged{Kind: hypervisor.KindDisk, ID: "a", Slot: 1, Path: disk.Path})
+	if err := vm.UnplugDisk(within(t), "a"); err != nil {
+		t.Error(err)
+	}
+	wantPlugged(t, vm)
+}
+
+// An undo of which nobody knows whether it was done is done again.
+func TestPlugDiskUndoLost(t *testing.T) {
+	ctx, cancel := context.WithCancel(within(t))
+	vm := scripted(t, plugged, qmptest.Expect("device_del"), absent, qmptest.Expect("blockdev-del"), qmptest.Do(cancel),
+		refuse("blockdev-del"), refuse("remove-fd"), delSet)
+	if _, err := vm.PlugDisk(within(t), image(t)); err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, vm.UnplugDisk(ctx, "a"), context.Canceled, "unplug disk a: qmp blockdev-del")
+	wantError(t, vm.UnplugDisk(within(t), "a"), nil, "qmp remove-fd") // which was certainly there
 	if err := vm.UnplugDisk(within(t), "a"); err != nil {
 		t.Error(err)
 	}
@@ -282,7 +305,7 @@ func TestPlugDeath(t *testing.T) {
 	wantError(t, vm.UnplugDisk(within(t), "a"), errdefs.ErrFailedPrecondition, "being plugged or unplugged")
 	start := time.Now()
 	_ = vm.Kill()
-	wantError(t, <-unplug, errdefs.ErrUnavailable, "machine is gone")
+	wantError(t, <-unplug, errdefs.ErrUnavailable, "gone")
 	if d := time.Since(start); d > time.Second {
 		t.Errorf("killed after %v", d)
 	}

@@ -44,10 +44,11 @@ type plug struct {
 	gone    chan struct{} // closed when QEMU has removed the device
 	refused chan string   // the guest's last words on removing it
 
-	busy  bool   // guarded by plugs.mu: a call has it, and with it what follows
-	steps []step // what it takes
-	done  int    // how many of them are done
-	asked bool   // the guest was asked to let it go
+	busy   bool   // guarded by plugs.mu: a call has it, and with it what follows
+	steps  []step // what it takes
+	done   int    // how many of them are done
+	unsure bool   // whether the last of these is
+	asked  bool   // the guest was asked to let it go
 }
 
 // name is QEMU's id of the device. A slot is not used again before everything

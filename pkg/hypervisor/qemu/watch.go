@@ -67,9 +67,10 @@ func (vm *VM) dismiss(ctx context.Context, p *process) {
 	select {
 	case <-p.done:
 	case <-ctx.Done():
+		p.kill()
 	case <-time.After(dyingTimeout):
+		p.kill()
 	}
-	p.kill()
 	<-p.done
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
