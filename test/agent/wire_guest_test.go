@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -49,6 +53,7 @@ func TestVMWireAgent(t *testing.T) {
 		{"signals", wireSignals}, {"kill all", wireKillAll}, {"retries", wireRetries}, {"oom", wireOOM},
 		{"copy file", func(g wireGuest) { wireCopyFile(g.wireHost, wireShare, g.share) }},
 		{"details", wireDetails}, {"pipe size", wirePipeSize},
+		{"interfaces", func(g wireGuest) { wireInterfaces(g, m) }},
 		{"log", func(g wireGuest) { wireLog(g, m) }},
 	} {
 		t.Run(part.name, func(t *testing.T) { part.test(wireGuest{h.on(t), g.share}) })
@@ -352,6 +357,66 @@ func wirePipeSize(g wireGuest) {
 	}
 	g.must("SignalProcess", plain.Msg{}.Str(1, "pipe").Int(3, 9))
 	g.remove("pipe")
+}
+
+// Interfaces are found by their MAC, the way a plain host names them.
+func wireInterfaces(g wireGuest, m *vmtest.Machine) {
+	const mac = "02:00:00:00:97:02"
+	if _, err := m.PlugNIC(vmtest.Context(g.t), hypervisor.NIC{ID: "wire", MAC: mac}, wireTaps(g.t), nil); err != nil {
+		g.t.Fatal(err)
+	}
+	// name 2, IPAddresses 3 {family 1, address 2, mask 3}, mtu 4, hwAddr 5
+	iface := func(mac string) plain.Msg {
+		return plain.Msg{}.Sub(1, plain.Msg{}.Str(2, "wire0").Sub(3, plain.Msg{}.Str(2, "10.97.0.2").Str(3, "24")).Int(4, 1400).Str(5, mac))
+	}
+	for range 2 { // the second time a host that does not know whether it arrived
+		if got := g.must("UpdateInterface", iface(mac)); got.Str(5) != mac || got.Int(4) != 1400 {
+			g.t.Errorf("updated to %v", got)
+		}
+	}
+	found := false
+	for _, i := range g.must("ListInterfaces", nil).Subs(1) {
+		if i.Str(5) == mac {
+			found = i.Str(2) == "wire0" && i.Int(4) == 1400 && i.Sub(3).Str(2) == "10.97.0.2" && i.Sub(3).Str(3) == "24"
+		}
+	}
+	if !found {
+		g.t.Error("the interface is not listed as it was set")
+	}
+	g.refused("a card that is not there", "UpdateInterface", iface("02:00:00:00:97:99"), plain.NotFound)
+	g.start("net", "/bin/cat", "/proc/net/dev")
+	if out := g.read("ReadStdout", "net", "net"); !strings.Contains(out, "wire0:") {
+		g.t.Errorf("a container sees %q", out)
+	}
+	g.wait("net", "net")
+	g.remove("net")
+}
+
+// wireTaps is the other end of a card, in a network namespace of its own.
+func wireTaps(t *testing.T) []*os.File {
+	t.Helper()
+	link := &netlink.Tuntap{
+		LinkAttrs: netlink.LinkAttrs{Name: "wire0"}, Mode: netlink.TUNTAP_MODE_TAP, NonPersist: true,
+		Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR, Queues: 1,
+	}
+	made := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for ever: the namespace is the thread's
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = netlink.LinkAdd(link)
+		}
+		made <- err
+	}()
+	if err := <-made; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, f := range link.Fds {
+			f.Close()
+		}
+	})
+	return link.Fds
 }
 
 // agent.log_vport: the host connects and reads.
