@@ -49,10 +49,17 @@ func TestVMWireAgent(t *testing.T) {
 		name string
 		test func(wireGuest)
 	}{
-		{"streams", wireStreams}, {"end of input", wireEndOfInput}, {"terminal", wireTerminal}, {"waiters", wireWaiters},
-		{"signals", wireSignals}, {"kill all", wireKillAll}, {"retries", wireRetries}, {"oom", wireOOM},
+		{"streams", wireStreams},
+		{"end of input", wireEndOfInput},
+		{"terminal", wireTerminal},
+		{"waiters", wireWaiters},
+		{"signals", wireSignals},
+		{"kill all", wireKillAll},
+		{"retries", wireRetries},
+		{"oom", wireOOM},
 		{"copy file", func(g wireGuest) { wireCopyFile(g.wireHost, wireShare, g.share) }},
-		{"details", wireDetails}, {"pipe size", wirePipeSize},
+		{"details", wireDetails},
+		{"pipe size", wirePipeSize},
 		{"interfaces", func(g wireGuest) { wireInterfaces(g, m) }},
 		{"log", func(g wireGuest) { wireLog(g, m) }},
 	} {

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -68,7 +69,7 @@ func TestLogServer(t *testing.T) {
 	fourth := dial()
 	expect(fourth, strings.Repeat(line, consoleBytes/len(line)))
 	fifth := dial() // one too many
-	if n, err := fifth.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := fifth.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("got %d, %v", n, err)
 	}
 	for _, c := range []net.Conn{first, second, stuck, fourth, fifth} {
