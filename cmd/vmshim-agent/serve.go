@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"os"
 	"strings"
 
 	"github.com/containerd/log"
@@ -16,12 +18,21 @@ import (
 func serve(ctx context.Context) error {
 	params, err := boot.ReadParams()
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("kernel parameters ignored")
+		log.G(ctx).WithError(err).Warn("kernel parameters skipped")
+	}
+	boot.SetLevel(log.G(ctx).Logger, cmp.Or(os.Getenv("KATA_AGENT_LOG_LEVEL"), params.Agent.LogLevel))
+	if names := params.Agent.Ignored; len(names) > 0 {
+		log.G(ctx).Warnf("kernel parameters have no meaning here: %s", strings.Join(names, ", "))
+	}
+	addr := cmp.Or(os.Getenv("KATA_AGENT_SERVER_ADDR"), params.Agent.ServerAddr)
+	if err := guest.CheckAddr(addr); err != nil {
+		log.G(ctx).WithError(err).Warn("kernel parameter agent.server_addr ignored")
+		addr = ""
 	}
 	modules := module.New(module.Dir)
 	return guest.Serve(ctx, guest.Config{
 		Version:        version.Version,
-		Addr:           params.Agent.ServerAddr,
+		Addr:           addr,
 		InitDaemon:     true,
 		PipeSize:       params.Agent.ContainerPipeBytes,
 		HotplugTimeout: params.Agent.HotplugTimeout,

@@ -52,6 +52,7 @@ type container struct {
 	op     lock
 	lib    *libcontainer.Container // guarded by op
 	ownPID bool                    // has a pid namespace of its own; set once, before created
+	mounts *namespace              // its mount namespace; guarded by op
 	undo   cleanup.Stack           // what create did; guarded by op
 	wanted cpuset                  // guarded by op
 	hooks  configs.Hooks           // those that libcontainer does not run; set once, before created

@@ -68,7 +68,8 @@ func (c *container) create(ctx context.Context, req *protocol.CreateContainerReq
 	if err != nil {
 		return err
 	}
-	defer rootfs.close()
+	c.mounts = rootfs
+	c.undo.Add(rootfs.close)
 	spec.Root.Path = c.mountPoint()
 	spec.Linux.Namespaces = c.sandbox.namespaces(spec.Linux.Namespaces, rootfs, req.GetSandboxPidns())
 	c.ownPID = pathOf(spec.Linux.Namespaces, specs.PIDNamespace) == ""
@@ -194,6 +195,12 @@ func (c *container) launch(spec *specs.Process, execID string, init, noStdin boo
 		return nil, err
 	}
 	undo.Add(func() error { streams.close(); return nil })
+	if !init && !config.Namespaces.Contains(configs.NEWUSER) {
+		// In a user namespace it may not; nor could the first process move the others.
+		if lib.ExtraFiles, err = c.sandbox.pinnedFiles(c.mounts); err != nil {
+			return nil, err
+		}
+	}
 	if err := c.lib.Start(lib); err != nil {
 		if c.isDoomed() {
 			return nil, precondition("container %q was killed", c.id)

@@ -257,6 +257,18 @@ func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, shared
 	return list
 }
 
+// pinnedFiles are the namespaces that an exec joins: the container's, and the
+// sandbox' own that its first process began in, wherever it is now.
+func (b *sandbox) pinnedFiles(mounts *namespace) ([]*os.File, error) {
+	inside, err := b.network.pinned()
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return []*os.File{inside.file, b.pinned.ipc.file, b.pinned.uts.file, mounts.file}, nil
+}
+
 func pathOf(list []specs.LinuxNamespace, kind specs.LinuxNamespaceType) string {
 	for _, n := range list {
 		if n.Type == kind {

@@ -150,6 +150,12 @@ func listen(addr string) (rpc, streams net.Listener, err error) {
 	return rpc, streams, nil
 }
 
+// CheckAddr says whether Config.Addr can be used.
+func CheckAddr(addr string) error {
+	_, _, err := parseAddr(addr)
+	return err
+}
+
 // parseAddr returns a vsock port, or the path of a unix socket.
 func parseAddr(addr string) (port uint32, path string, err error) {
 	if addr == "" {

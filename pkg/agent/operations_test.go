@@ -115,7 +115,7 @@ var operations = []operation{
 		name: "Pids",
 		call: func(ctx context.Context, c *Client) (any, error) {
 			pids, err := c.Pids(ctx, "c")
-			if err != nil {
+			if err != nil || len(pids) == 0 {
 				return nil, err
 			}
 			return fmt.Sprintf("%d %d %s", len(pids), pids[0].GetPid(), pids[0].GetExecId()), nil
@@ -338,7 +338,7 @@ var operations = []operation{
 		name: "GuestVolumeStats",
 		call: func(ctx context.Context, c *Client) (any, error) {
 			stats, err := c.GuestVolumeStats(ctx, "/mnt")
-			if err != nil {
+			if err != nil || len(stats.GetUsage()) == 0 {
 				return nil, err
 			}
 			return stats.GetUsage()[0].GetTotal(), nil

@@ -7,6 +7,7 @@ import (
 	stats2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	"github.com/containerd/typeurl/v2"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
@@ -95,4 +96,34 @@ func TestMetricsEmpty(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// FuzzMetrics: whatever numbers a guest sends, containerd gets metrics that it
+// can decode, of a size like theirs.
+func FuzzMetrics(f *testing.F) {
+	b, err := proto.Marshal(guestStats())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add([]byte{})
+	f.Add([]byte("\x0a\x00\x12\x00\x12\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := &protocol.StatsContainerResponse{}
+		if proto.Unmarshal(b, r) != nil {
+			return
+		}
+		for _, unified := range []bool{false, true} {
+			a, err := metrics(r, unified)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := typeurl.UnmarshalAny(a); err != nil {
+				t.Error(err)
+			}
+			if len(a.GetValue()) > 8*len(b)+4096 {
+				t.Errorf("%d bytes of %d", len(a.GetValue()), len(b))
+			}
+		}
+	})
 }

@@ -54,7 +54,13 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 		_, err := io.WriteString(os.Stdout, TrivialLine)
 		return err
 	}
-	setLevel(log.G(ctx).Logger, params.Agent.LogLevel)
+	SetLevel(log.G(ctx).Logger, params.Agent.LogLevel)
+	var logs *logServer
+	if params.Agent.LogPort != 0 {
+		logs = newLogServer()
+		out = io.MultiWriter(out, logs)
+		log.G(ctx).Logger.SetOutput(out)
+	}
 	modules := module.New(module.Dir)
 	if err := runTasks(ctx, []task{
 		{"switch root", true, switchRoot},
@@ -69,7 +75,10 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	}); err != nil {
 		return err
 	}
-	agent, err := start(out, args)
+	if logs != nil {
+		go logs.listen(ctx, params.Agent.LogPort)
+	}
+	agent, err := start(out, args, params.Agent.DevMode)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}

@@ -18,16 +18,22 @@ type child struct {
 }
 
 // start runs this binary again, with its output copied to out. The pipe makes a
-// console that nobody reads this process' problem, not the agent's.
-func start(out io.Writer, args []string) (child, error) {
+// console that nobody reads this process' problem, not the agent's. In devmode
+// an agent that crashes tells what all its threads did, and dumps core where its
+// limits permit.
+func start(out io.Writer, args []string, devMode bool) (child, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return child{}, err
 	}
 	defer w.Close()
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+	if devMode {
+		env = append(env, "GOTRACEBACK=crash")
+	}
 	pid, err := syscall.ForkExec("/proc/self/exe", append([]string{"vmshim-agent"}, args...), &syscall.ProcAttr{
 		Dir:   "/",
-		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
+		Env:   env,
 		Files: []uintptr{os.Stdin.Fd(), w.Fd(), w.Fd()},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})

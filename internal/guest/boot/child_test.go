@@ -50,7 +50,7 @@ func TestStartAndReap(t *testing.T) {
 		t.Run(tt.act, func(t *testing.T) {
 			var got bytes.Buffer
 			out := newConsole(&got)
-			agent, err := start(out, []string{tt.act})
+			agent, err := start(out, []string{tt.act}, false)
 			if err != nil {
 				t.Fatal(err)
 			}

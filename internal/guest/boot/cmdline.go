@@ -3,6 +3,7 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -30,12 +31,13 @@ type Params struct {
 type AgentParams struct {
 	LogLevel           string        // agent.log
 	LogPort            uint32        // agent.log_vport
-	DebugConsole       bool          // agent.debug_console
-	DebugConsolePort   uint32        // agent.debug_console_vport
 	DevMode            bool          // agent.devmode
 	ServerAddr         string        // agent.server_addr
 	HotplugTimeout     time.Duration // agent.hotplug_timeout, in seconds
 	ContainerPipeBytes int           // agent.container_pipe_size
+
+	// Ignored names the others of the protocol's parameters that were given.
+	Ignored []string
 }
 
 // ReadParams reads the parameters of the running kernel. What it can't
@@ -48,9 +50,9 @@ func ReadParams() (Params, error) {
 	return ParseParams(string(b))
 }
 
-// ParseParams reads a kernel command line. It ignores parameters it does not
-// know, other agents' among them, and skips those whose value is wrong, with
-// an error that names each.
+// ParseParams reads a kernel command line. It skips parameters it does not
+// know, naming those that are meant for an agent, and those whose value is
+// wrong, with an error that names each.
 func ParseParams(cmdline string) (Params, error) {
 	var p Params
 	var errs []error
@@ -71,15 +73,13 @@ func (p *Params) set(key, value string) (err error) {
 	case extension.ReadyParam:
 		p.Ready, err = parseReady(value)
 	case "agent.log":
-		a.LogLevel = value
+		if _, err = parseLevel(value); err == nil {
+			a.LogLevel = value
+		}
 	case "agent.log_vport":
-		err = number(value, &a.LogPort)
-	case "agent.debug_console":
-		a.DebugConsole = true
-	case "agent.debug_console_vport":
-		err = number(value, &a.DebugConsolePort)
+		err = port(value, &a.LogPort)
 	case "agent.devmode":
-		a.DevMode = true
+		a.DevMode, err = flag(value)
 	case "agent.server_addr":
 		a.ServerAddr = value
 	case "agent.hotplug_timeout":
@@ -90,9 +90,21 @@ func (p *Params) set(key, value string) (err error) {
 		var bytes uint32
 		err = number(value, &bytes)
 		a.ContainerPipeBytes = int(min(bytes, 1<<30))
+	case "systemd.unified_cgroup_hierarchy":
+		// What asks for version 2 asks for what there is.
+		if unified, ferr := flag(value); ferr != nil || !unified {
+			err = errors.New("containers have cgroup version 2")
+		}
+	default:
+		if strings.HasPrefix(key, "agent.") && len(a.Ignored) < maxIgnored {
+			a.Ignored = append(a.Ignored, key)
+		}
 	}
 	return err
 }
+
+// maxIgnored bounds a log line.
+const maxIgnored = 32
 
 func number(s string, to *uint32) error {
 	n, err := strconv.ParseUint(s, 10, 32)
@@ -101,6 +113,31 @@ func number(s string, to *uint32) error {
 	}
 	*to = uint32(n)
 	return nil
+}
+
+// port reads a vsock port that nothing else of the guest listens on.
+func port(s string, to *uint32) error {
+	var n uint32
+	if err := number(s, &n); err != nil {
+		return err
+	}
+	if n == 0 || n == math.MaxUint32 || n == extension.AgentPort || n == extension.StreamPort {
+		return errors.New("not a free port")
+	}
+	*to = n
+	return nil
+}
+
+// flag reads a parameter that counts by being there, or by its value.
+func flag(s string) (bool, error) {
+	if s == "" {
+		return true, nil
+	}
+	v, err := strconv.ParseBool(s)
+	if err != nil {
+		return false, errors.New("neither true nor false")
+	}
+	return v, nil
 }
 
 // split does what the kernel's next_arg does: spaces separate, double quotes

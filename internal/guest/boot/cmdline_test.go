@@ -15,7 +15,11 @@ func TestParseParams(t *testing.T) {
 		err           string // part of it
 	}{
 		{name: "nothing", cmdline: ""},
-		{name: "other people's", cmdline: "console=ttyS0 quiet agent.trace agent.cdh_api_timeout=50 root=/dev/vda1\n"},
+		{name: "other people's", cmdline: "console=ttyS0 quiet root=/dev/vda1 agents=3\n"},
+		{
+			name: "meant for other agents", cmdline: "agent.trace quiet agent.cdh_api_timeout=50 agent.debug_console agent.debug_console_vport=1026",
+			want: Params{Agent: AgentParams{Ignored: []string{"agent.trace", "agent.cdh_api_timeout", "agent.debug_console", "agent.debug_console_vport"}}},
+		},
 		{name: "trivial", cmdline: "quiet vmshim.trivial", want: Params{Trivial: true}},
 		{
 			name: "ready", cmdline: "vmshim.ready=4711:0a1b panic=-1",
@@ -23,10 +27,10 @@ func TestParseParams(t *testing.T) {
 		},
 		{
 			name: "agent",
-			cmdline: "agent.log=debug agent.log_vport=1025 agent.debug_console agent.debug_console_vport=1026 agent.devmode " +
+			cmdline: "agent.log=debug agent.log_vport=1025 agent.devmode " +
 				"agent.server_addr=vsock://-1:1024 agent.hotplug_timeout=3 agent.container_pipe_size=65536",
 			want: Params{Agent: AgentParams{
-				LogLevel: "debug", LogPort: 1025, DebugConsole: true, DebugConsolePort: 1026, DevMode: true,
+				LogLevel: "debug", LogPort: 1025, DevMode: true,
 				ServerAddr: "vsock://-1:1024", HotplugTimeout: 3 * time.Second, ContainerPipeBytes: 65536,
 			}},
 		},
@@ -39,6 +43,15 @@ func TestParseParams(t *testing.T) {
 			name: "one is wrong", cmdline: "agent.hotplug_timeout=soon agent.log_vport=1025",
 			want: Params{Agent: AgentParams{LogPort: 1025}}, err: `kernel parameter "agent.hotplug_timeout": not a number`,
 		},
+		{name: "no level", cmdline: "agent.log=loud agent.devmode=1", want: Params{Agent: AgentParams{DevMode: true}}, err: `kernel parameter "agent.log": not a log level`},
+		{name: "critical", cmdline: "agent.log=critical", want: Params{Agent: AgentParams{LogLevel: "critical"}}},
+		{name: "port of another", cmdline: "agent.log_vport=1024", err: "not a free port"},
+		{name: "port of all", cmdline: "agent.log_vport=4294967295", err: "not a free port"},
+		{name: "negative", cmdline: "agent.hotplug_timeout=-1 agent.container_pipe_size=4294967296", err: "agent.container_pipe_size"},
+		{name: "flag", cmdline: "agent.devmode=perhaps", err: "neither true nor false"},
+		{name: "no flag", cmdline: "agent.devmode=false"},
+		{name: "cgroup version 2", cmdline: "systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"},
+		{name: "cgroup version 1", cmdline: "systemd.unified_cgroup_hierarchy=0", err: "containers have cgroup version 2"},
 		{name: "no token", cmdline: "vmshim.ready=4711", err: "not PORT:TOKEN"},
 		{name: "no port", cmdline: "vmshim.ready=:token", err: "not PORT:TOKEN"},
 		{name: "port zero", cmdline: "vmshim.ready=0:token", err: "not PORT:TOKEN"},
