@@ -23,6 +23,9 @@ type Spec struct {
 
 	MemoryMiB    int
 	MaxMemoryMiB int // what memory can grow to by hotplug; at least MemoryMiB
+	// MemorySlots is how many memory modules (DIMMs) can be plugged; 0: memory
+	// grows by virtio-mem, which guests without its driver have not.
+	MemorySlots int
 
 	Kernel       string   // path of the kernel: vmlinux (PVH) or bzImage; Image on arm64
 	Initrd       string   // path of the initramfs
@@ -38,7 +41,7 @@ type Share struct {
 	Dir string // absolute
 }
 
-// A Disk is a virtio-blk disk.
+// A Disk is what the guest sees as a block device; at boot, on virtio-blk.
 type Disk struct {
 	ID       string // unique in the machine, [a-z0-9-], at most 20 bytes
 	Path     string // absolute: an image file (raw) or a block device
@@ -70,6 +73,9 @@ func (s Spec) Validate() error {
 	if s.MemoryMiB < 64 || s.MaxMemoryMiB < s.MemoryMiB {
 		bad("%d MiB of memory (at least 64) of at most %d", s.MemoryMiB, s.MaxMemoryMiB)
 	}
+	if s.MemorySlots < 0 || s.MemorySlots > 256 { // ACPI_MAX_RAM_SLOTS of QEMU
+		bad("%d memory slots are not 0 to 256", s.MemorySlots)
+	}
 	if !filepath.IsAbs(s.Kernel) {
 		bad("kernel %q is not an absolute path", s.Kernel)
 	}
@@ -83,26 +89,46 @@ func (s Spec) Validate() error {
 	}
 	tags := map[string]bool{}
 	for _, sh := range s.Shares {
-		if sh.Tag == "" || len(sh.Tag) > 35 || tags[sh.Tag] { // struct virtio_fs_config has char tag[36]
-			bad("share tag %q is empty, long or taken", sh.Tag)
+		if tags[sh.Tag] {
+			bad("share tag %q is taken", sh.Tag)
 		}
 		tags[sh.Tag] = true
-		if !filepath.IsAbs(sh.Dir) {
-			bad("share %q: directory %q is not absolute", sh.Tag, sh.Dir)
-		}
+		errs = append(errs, sh.Validate())
 	}
 	ids := map[string]bool{}
 	for _, d := range s.Disks {
-		if d.ID == "" || len(d.ID) > 20 || ids[d.ID] { // VIRTIO_BLK_ID_BYTES
-			bad("disk id %q is empty, long or taken", d.ID)
-		}
-		if strings.Trim(d.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
-			bad("disk id %q has more than a-z, 0-9 and -", d.ID)
+		if ids[d.ID] {
+			bad("disk id %q is taken", d.ID)
 		}
 		ids[d.ID] = true
-		if !filepath.IsAbs(d.Path) {
-			bad("disk %q: path %q is not absolute", d.ID, d.Path)
-		}
+		errs = append(errs, d.Validate())
+	}
+	return errors.Join(errs...)
+}
+
+// Validate reports every fault of the description at once.
+func (s Share) Validate() error {
+	var errs []error
+	if s.Tag == "" || len(s.Tag) > 35 { // struct virtio_fs_config has char tag[36]
+		errs = append(errs, fmt.Errorf("share tag %q is empty or long", s.Tag))
+	}
+	if !filepath.IsAbs(s.Dir) {
+		errs = append(errs, fmt.Errorf("share %q: directory %q is not absolute", s.Tag, s.Dir))
+	}
+	return errors.Join(errs...)
+}
+
+// Validate reports every fault of the description at once.
+func (d Disk) Validate() error {
+	var errs []error
+	if d.ID == "" || len(d.ID) > 20 { // VIRTIO_BLK_ID_BYTES
+		errs = append(errs, fmt.Errorf("disk id %q is empty or long", d.ID))
+	}
+	if strings.Trim(d.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		errs = append(errs, fmt.Errorf("disk id %q has more than a-z, 0-9 and -", d.ID))
+	}
+	if !filepath.IsAbs(d.Path) {
+		errs = append(errs, fmt.Errorf("disk %q: path %q is not absolute", d.ID, d.Path))
 	}
 	return errors.Join(errs...)
 }

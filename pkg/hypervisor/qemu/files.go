@@ -51,19 +51,19 @@ func openDisk(disk hypervisor.Disk) (f *os.File, block bool, err error) {
 	if disk.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	f, err = os.OpenFile(disk.Path, flags, 0)
+	f, err = os.OpenFile(disk.Path, flags|unix.O_NONBLOCK, 0) // or a named pipe would wait for a writer
 	if err != nil {
-		return nil, false, fmt.Errorf("disk %s: %w", disk.ID, classed(err))
+		return nil, false, classed(err)
 	}
 	info, err := f.Stat()
 	if err != nil {
 		f.Close()
-		return nil, false, fmt.Errorf("disk %s: %w", disk.ID, err)
+		return nil, false, err
 	}
 	block = info.Mode()&os.ModeDevice != 0 && info.Mode()&os.ModeCharDevice == 0
 	if !block && !info.Mode().IsRegular() {
 		f.Close()
-		return nil, false, fmt.Errorf("disk %s: %s is neither a file nor a block device: %w", disk.ID, disk.Path, errdefs.ErrInvalidArgument)
+		return nil, false, fmt.Errorf("%s is neither a file nor a block device: %w", disk.Path, errdefs.ErrInvalidArgument)
 	}
 	return f, block, nil
 }

@@ -42,6 +42,12 @@ func kernelParams(spec hypervisor.Spec, accelerator, ready string) []string {
 			"swiotlb=noforce", // no bounce buffers: 64 MiB, zeroed, when memory may grow beyond 4 GiB: -83
 		)
 	}
+	if hotplugMiB(spec) > 0 {
+		// Memory that comes is used at once (Debian's 6.12 does that anyway, its 6.1
+		// does not); up to three times of what there is, for what can be moved only,
+		// so that it can go again.
+		p = append(p, "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
+	}
 	if ready != "" {
 		p = append(p, readyParam+ready)
 	}

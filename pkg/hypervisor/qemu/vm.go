@@ -37,6 +37,12 @@ type VM struct {
 
 	files    cleanup.Stack  // what the machine has in the sandbox's directory
 	watchers sync.WaitGroup // of processes, QMP and doorbell
+	calls    sync.WaitGroup // that change the running machine; none begins after down
+	plugs    plugs
+	resized  chan struct{} // has an element when the size of memory may have changed
+	askAgain time.Duration // of the package; shorter in tests
+	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
+	scsiTurn, cpuTurn, memoryTurn turn
 
 	deaf chan struct{} // closed when QMP has ended: no event comes any more
 	down chan struct{} // closed by fail: the machine has ended or is to

@@ -106,6 +106,12 @@ func (c *Client) GetFD(ctx context.Context, name string, file *os.File) error {
 	return c.execute(ctx, "getfd", map[string]string{"fdname": name}, nil, file)
 }
 
+// AddFD puts a file into a descriptor set of QEMU, which opens it there as
+// /dev/fdset/SET (add-fd). The caller keeps its own descriptor.
+func (c *Client) AddFD(ctx context.Context, set int, file *os.File) error {
+	return c.execute(ctx, "add-fd", map[string]int{"fdset-id": set}, nil, file)
+}
+
 func (c *Client) execute(ctx context.Context, command string, args, reply any, file *os.File) (err error) {
 	defer func() {
 		if err != nil {
