@@ -96,7 +96,8 @@ func (d *devices) scsiDisk(ctx context.Context, a scsiAddress) (node, error) {
 				continue
 			}
 			scanned[scan] = true
-			if err := os.WriteFile(scan, []byte("- - -"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			// Only there: 255 other targets take an emulated guest minutes.
+			if err := os.WriteFile(scan, fmt.Appendf(nil, "0 %d %d", a.id, a.lun), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return node{}, fmt.Errorf("scan SCSI host: %w", err)
 			}
 		}
