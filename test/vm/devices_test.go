@@ -151,7 +151,8 @@ func containerDevices(t *testing.T, m *machine) {
 		r.OCI.Linux.Devices = []*protocol.LinuxDevice{deviceNode("/dev/one", 8, 0), deviceNode("/dev/two", 254, 0), deviceNode("/dev/three", 8, 99)}
 		r.OCI.Linux.Resources.Devices = []*protocol.LinuxDeviceCgroup{
 			{Allow: false, Access: "rwm"},
-			{Allow: true, Type: "b", Major: 8, Minor: 0, Access: "r"}, {Allow: true, Type: "b", Major: 254, Minor: 0, Access: "rw"},
+			{Allow: true, Type: "b", Major: 8, Minor: 0, Access: "r"},
+			{Allow: true, Type: "b", Major: 254, Minor: 0, Access: "rw"},
 			{Allow: true, Type: "b", Major: 8, Minor: 99, Access: "r"},
 		}
 		r.Devices = []*protocol.Device{
