@@ -305,16 +305,16 @@ func volume(t *testing.T, m *machine, fstype string, mib, disk, size uint64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := guestRoot + "sandbox/storage/" + fstype
-	m.create("vol", func(r *protocol.CreateContainerRequest) {
+	id, at := "vol-"+fstype, guestRoot+"sandbox/storage/"+fstype
+	m.create(id, func(r *protocol.CreateContainerRequest) {
 		r.Storages = []*protocol.Storage{{
 			Driver: "blk", Source: pci, Fstype: fstype, MountPoint: at,
 			FsGroup: &protocol.FSGroup{GroupId: 77},
 		}}
 		r.OCI.Mounts = append(r.OCI.Mounts, &protocol.Mount{Destination: "/vol", Source: at, Type: "bind", Options: []string{"rbind"}})
 	}, "/bin/sleep", "1000")
-	m.startContainer("vol")
-	if got := m.inContainer("vol", "/bin/sh", "-c", "busybox stat -c '%A %g' /vol; echo kept > /vol/f"); got != "drwxrwsr-x 77" {
+	m.startContainer(id)
+	if got := m.inContainer(id, "/bin/sh", "-c", "busybox stat -c '%A %g' /vol; echo kept > /vol/f"); got != "drwxrwsr-x 77" {
 		t.Errorf("root of the volume: %s", got)
 	}
 	stats := func() (bytes, inodes *protocol.VolumeUsage) {
@@ -329,7 +329,7 @@ func volume(t *testing.T, m *machine, fstype string, mib, disk, size uint64) {
 		t.Helper()
 		bytes, inodes := stats()
 		var total, free, available, block, files, filesFree uint64
-		out := m.inContainer("vol", "/bin/sh", "-c", "busybox stat -f -c '%b %f %a %S %c %d' /vol")
+		out := m.inContainer(id, "/bin/sh", "-c", "busybox stat -f -c '%b %f %a %S %c %d' /vol")
 		if _, err := fmt.Sscan(out, &total, &free, &available, &block, &files, &filesFree); err != nil {
 			t.Fatal(out, err)
 		}
@@ -374,10 +374,10 @@ func volume(t *testing.T, m *machine, fstype string, mib, disk, size uint64) {
 		t.Errorf("larger than the disk: %v", err)
 	}
 	check(disk*3/4, disk)
-	if got := m.inContainer("vol", "/bin/cat", "/vol/f"); got != "kept" {
+	if got := m.inContainer(id, "/bin/cat", "/vol/f"); got != "kept" {
 		t.Errorf("the file has %q", got)
 	}
-	m.remove("vol")
+	m.remove(id)
 	if err := m.UnplugDisk(m.ctx(), fstype); err != nil {
 		t.Fatal(err)
 	}
@@ -555,19 +555,19 @@ func watchableBind(t *testing.T, m *machine) {
 	m.create("watch", func(r *protocol.CreateContainerRequest) {
 		r.Storages = []*protocol.Storage{{Driver: "watchable-bind", Source: shareDir + "/watchable-source", Fstype: "bind", MountPoint: at, Options: []string{"ro"}}}
 		r.OCI.Mounts = append(r.OCI.Mounts, &protocol.Mount{Destination: "/watched", Source: at, Type: "bind", Options: []string{"rbind", "ro"}})
-	}, "/bin/sh", "-c", "exec busybox inotifyd - /watched:yn > /events")
+		install(t, buildProgram(t, "watchdir"), m.hostFile("watch", "bin/watchdir"))
+	}, "/bin/sh", "-c", "exec watchdir /watched > /events")
 	m.startContainer("watch")
 	if got := m.inContainer("watch", "/bin/cat", "/watched/key"); got != "generation 1" {
 		t.Errorf("at first %q", got)
 	}
-	m.eventually("it watches", func() bool {
-		return m.inContainer("watch", "/bin/sh", "-c", "grep -l inotify /proc/1/fdinfo/*") != ""
-	})
-	generation(2)
-	m.eventually("it is told", func() bool {
+	events := func() string {
 		b, _ := os.ReadFile(m.hostFile("watch", "events"))
-		return strings.Contains(string(b), "y\t/watched\t..data\n")
-	})
+		return string(b)
+	}
+	m.eventually("it watches", func() bool { return events() == "watching\n" })
+	generation(2)
+	m.eventually("it is told", func() bool { return strings.Contains(events(), "moved ..data\n") })
 	if got := m.inContainer("watch", "/bin/cat", "/watched/key"); got != "generation 2" {
 		t.Errorf("then %q", got)
 	}
