@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"os"
+	"runtime"
 	"strings"
 
 	"github.com/containerd/log"
@@ -16,6 +17,10 @@ import (
 
 // serve runs the agent until the host or the power button ends it.
 func serve(ctx context.Context) error {
+	// With one P the runtime takes it from every system call of more than 20 µs
+	// (runtime.retake), of which an emulated machine has many: two threads then
+	// pass it to each other, and the watching one never sleeps.
+	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
 	params, err := boot.ReadParams()
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("kernel parameters skipped")

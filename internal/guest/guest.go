@@ -45,7 +45,7 @@ type Config struct {
 	// InitDaemon says that the agent is the guest's init, not a service of one.
 	InitDaemon bool
 	// PipeSize is the capacity of the pipes that carry standard streams, in
-	// bytes; 0 keeps the kernel's.
+	// bytes; 0 is 256 KiB.
 	PipeSize int
 	// HotplugTimeout is how long a device may take to appear; 0 is 3 seconds.
 	HotplugTimeout time.Duration

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -23,9 +24,13 @@ type stdio struct {
 type stdioOptions struct {
 	terminal bool
 	noStdin  bool // the process starts with its stdin at the end
-	pipeSize int  // 0: the kernel's
+	pipeSize int  // 0: defaultPipeSize
 	uid, gid int  // who must be able to open /dev/stdout again
 }
+
+// defaultPipeSize is four times the kernel's: a process and the agent take turns
+// less often.
+const defaultPipeSize = 256 << 10
 
 // newStdio makes the streams and gives their other ends to the process, which
 // may have a terminal only after it has started.
@@ -73,9 +78,7 @@ func (s *stdio) pipe(o stdioOptions, write bool) (ours, theirs *os.File, err err
 	if write {
 		our, their = their, our
 	}
-	if o.pipeSize > 0 {
-		_, _ = unix.FcntlInt(uintptr(our), unix.F_SETPIPE_SZ, o.pipeSize)
-	}
+	_, _ = unix.FcntlInt(uintptr(our), unix.F_SETPIPE_SZ, cmp.Or(o.pipeSize, defaultPipeSize))
 	if o.uid != 0 || o.gid != 0 {
 		_ = unix.Fchown(our, o.uid, o.gid)
 	}

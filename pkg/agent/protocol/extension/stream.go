@@ -144,7 +144,11 @@ func WriteEnd(w io.Writer) error {
 // A ChunkReader is the bytes of a stream. It returns io.EOF after the end mark
 // and io.ErrUnexpectedEOF when the connection ends before it.
 type ChunkReader struct {
-	R    io.Reader
+	R io.Reader
+	// Expect, if set, is told how many bytes are read from R next, at least:
+	// who can wait for all of them at once wakes up less often.
+	Expect func(n int)
+
 	left uint32
 	done bool
 }
@@ -158,22 +162,55 @@ func (c *ChunkReader) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	if c.left == 0 {
-		var b [4]byte
-		if _, err := io.ReadFull(c.R, b[:]); err != nil {
-			return 0, cut(err)
-		}
-		c.left = binary.BigEndian.Uint32(b[:])
-		if c.left == 0 {
-			c.done = true
-			return 0, io.EOF
-		}
-		if c.left > MaxChunk {
-			return 0, fmt.Errorf("%w: chunk of %d bytes", ErrMalformed, c.left)
+		if err := c.head(); err != nil {
+			return 0, err
 		}
 	}
 	n, err := c.R.Read(p[:min(len(p), int(c.left))])
 	c.left -= uint32(n)
 	return n, cut(err)
+}
+
+// ReadChunk reads what is left of a chunk, up to the size of p, and nothing of
+// the next one. Of a connection that was cut it returns what had come.
+func (c *ChunkReader) ReadChunk(p []byte) (int, error) {
+	if c.done {
+		return 0, io.EOF
+	}
+	if c.left == 0 {
+		c.expect(4)
+		if err := c.head(); err != nil {
+			return 0, err
+		}
+	}
+	p = p[:min(len(p), int(c.left))]
+	c.expect(len(p))
+	n, err := io.ReadFull(c.R, p)
+	c.left -= uint32(n)
+	return n, cut(err)
+}
+
+func (c *ChunkReader) expect(n int) {
+	if c.Expect != nil {
+		c.Expect(n)
+	}
+}
+
+// head reads the length of the next chunk.
+func (c *ChunkReader) head() error {
+	var b [4]byte
+	if _, err := io.ReadFull(c.R, b[:]); err != nil {
+		return cut(err)
+	}
+	c.left = binary.BigEndian.Uint32(b[:])
+	switch {
+	case c.left == 0:
+		c.done = true
+		return io.EOF
+	case c.left > MaxChunk:
+		return fmt.Errorf("%w: chunk of %d bytes", ErrMalformed, c.left)
+	}
+	return nil
 }
 
 func cut(err error) error {

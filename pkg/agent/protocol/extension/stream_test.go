@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -200,4 +201,47 @@ func FuzzChunkReader(f *testing.F) {
 			return
 		}
 	})
+}
+
+func TestReadChunk(t *testing.T) {
+	var wire bytes.Buffer
+	for _, data := range []string{"first", "second"} {
+		if err := WriteChunk(&wire, []byte(data)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wire.Write([]byte{0, 0, 0, 5, 'c', 'u', 't'})
+	var expected []int
+	// One byte at a time: a chunk is read as a whole all the same.
+	r := &ChunkReader{R: iotest.OneByteReader(&wire), Expect: func(n int) { expected = append(expected, n) }}
+	buf := make([]byte, MaxChunk)
+	for _, want := range []struct {
+		data string
+		err  error
+	}{{"first", nil}, {"second", nil}, {"cut", io.ErrUnexpectedEOF}} {
+		n, err := r.ReadChunk(buf)
+		if string(buf[:n]) != want.data || !errors.Is(err, want.err) {
+			t.Errorf("got %q, %v; want %q, %v", buf[:n], err, want.data, want.err)
+		}
+	}
+	if want := []int{4, 5, 4, 6, 4, 5}; !slices.Equal(expected, want) {
+		t.Errorf("told to expect %v, want %v", expected, want)
+	}
+
+	wire.Reset()
+	if err := errors.Join(WriteChunk(&wire, []byte("abc")), WriteEnd(&wire)); err != nil {
+		t.Fatal(err)
+	}
+	r = &ChunkReader{R: &wire}
+	small := make([]byte, 2)
+	for _, want := range []string{"ab", "c"} {
+		if n, err := r.ReadChunk(small); string(small[:n]) != want || err != nil {
+			t.Errorf("got %q, %v; want %q", small[:n], err, want)
+		}
+	}
+	for range 2 {
+		if n, err := r.ReadChunk(small); n != 0 || !errors.Is(err, io.EOF) {
+			t.Errorf("at the end: %d, %v", n, err)
+		}
+	}
 }
