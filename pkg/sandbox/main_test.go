@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 	if os.Getuid() == 0 && os.Getenv(innerEnv) == "" {
 		os.Exit(runInner())
 	}
-	before := fds()
+	before := inventory{fds(), mounts()}
 	code := m.Run()
 	if code == 0 {
 		if err := leaks(before); err != nil {
@@ -58,6 +59,25 @@ func runInner() int {
 	}
 }
 
+// An inventory is what there was before the tests.
+type inventory struct{ files, mounts []string }
+
+// mounts are those of tests. Of other programs' tests there may be some: they
+// were copied with the namespace.
+func mounts() []string {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var list []string
+	for line := range strings.Lines(string(text)) {
+		if strings.Contains(line, os.TempDir()+"/Test") {
+			list = append(list, line)
+		}
+	}
+	return list
+}
+
 func fds() []string {
 	entries, _ := os.ReadDir("/proc/self/fd")
 	var list []string
@@ -70,7 +90,7 @@ func fds() []string {
 }
 
 // leaks reports what the tests left: goroutines, files, children, mounts.
-func leaks(before []string) error {
+func leaks(before inventory) error {
 	var err error
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		if err = leaked(before); err == nil || time.Now().After(deadline) {
@@ -79,13 +99,13 @@ func leaks(before []string) error {
 	}
 }
 
-func leaked(before []string) error {
+func leaked(before inventory) error {
 	if n := runtime.NumGoroutine(); n > 2 { // this one, and os/signal's
 		buf := make([]byte, 1<<20)
 		return fmt.Errorf("%d goroutines left:\n%s", n, buf[:runtime.Stack(buf, true)])
 	}
-	if now := fds(); len(now) > len(before)+2 { // the poller's
-		return fmt.Errorf("files left: %v, before: %v", now, before)
+	if now := fds(); len(now) > len(before.files)+2 { // the poller's
+		return fmt.Errorf("files left: %v, before: %v", now, before.files)
 	}
 	tasks, _ := filepath.Glob("/proc/self/task/*/children")
 	for _, task := range tasks {
@@ -93,9 +113,10 @@ func leaked(before []string) error {
 			return fmt.Errorf("children left: %s", b)
 		}
 	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if strings.Contains(string(mounts), os.TempDir()+"/Test") {
-		return fmt.Errorf("mounts left:\n%s", mounts)
+	for _, m := range mounts() {
+		if !slices.Contains(before.mounts, m) {
+			return fmt.Errorf("mount left: %s", m)
+		}
 	}
-	return err
+	return nil
 }

@@ -380,8 +380,8 @@ func testGuest(t *testing.T, m *machine) {
 	if err != nil || len(vol.GetUsage()) != 2 || vol.GetUsage()[0].GetTotal() == 0 {
 		t.Errorf("volume: %v, %v", vol, err)
 	}
-	_, err = m.agent.OnlineCPUMem(m.ctx(), &protocol.OnlineCPUMemRequest{})
-	wantClass(t, "OnlineCPUMem", err, errdefs.ErrNotImplemented)
+	_, err = m.agent.SetPolicy(m.ctx(), &protocol.SetPolicyRequest{})
+	wantClass(t, "SetPolicy", err, errdefs.ErrNotImplemented)
 	testCopyFile(t, m)
 }
 
