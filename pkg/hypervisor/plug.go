@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 )
 
 // What can be added to a running machine, besides a Disk and a Share.
@@ -21,7 +22,7 @@ func (n NIC) Validate() error {
 	if n.ID == "" {
 		errs = append(errs, errors.New("id is empty"))
 	}
-	if mac, err := net.ParseMAC(n.MAC); err != nil || len(mac) != 6 || mac[0]&1 != 0 {
+	if mac, err := net.ParseMAC(n.MAC); err != nil || len(mac) != 6 || mac[0]&1 != 0 || mac.String() != strings.ToLower(n.MAC) {
 		errs = append(errs, fmt.Errorf("%q is not the address of one Ethernet card", n.MAC))
 	}
 	if n.MTU != 0 && (n.MTU < 68 || n.MTU > 65535) { // RFC 791; virtio 1.2, 5.1.4

@@ -13,8 +13,10 @@ import (
 	"unsafe"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
@@ -23,14 +25,16 @@ import (
 // serves all parts, which leave it as it was.
 func TestVMPlug(t *testing.T) {
 	m := sandbox(t)
-	m.create("look", func(r *protocol.CreateContainerRequest) {
-		r.OCI.Mounts = append(r.OCI.Mounts,
-			&protocol.Mount{Destination: "/guest/sys", Source: "/sys", Type: "bind", Options: []string{"rbind"}},
-			&protocol.Mount{Destination: "/guest/dev", Source: "/dev", Type: "bind", Options: []string{"rbind"}},
-		)
-		r.OCI.Linux.Resources.Devices = []*protocol.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
-	}, "/bin/sleep", "100000")
-	m.startContainer("look")
+	m.lookout()
+	// The controller comes with the first SCSI disk, and stays.
+	if _, err := m.PlugSCSIDisk(m.ctx(), image(t, "first", "", 1)); err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls -d /guest/sys/bus/scsi/devices/*:0:0:0/block/sda >/dev/null && echo there", "there")
+	if err := m.UnplugDisk(m.ctx(), "first"); err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls -d /guest/sys/block/sda 2>/dev/null", "")
 	before := m.look("cd /guest/sys; ls bus/pci/devices block")
 	for _, part := range []struct {
 		name string
@@ -39,18 +43,38 @@ func TestVMPlug(t *testing.T) {
 		{"disk", plugDisk},
 		{"scsi disk", plugSCSI},
 		{"nic", plugNIC},
+		{"share", plugShare},
+		{"pci device", plugPCI},
+		{"cpu", plugCPU},
+		{"memory", plugMemory},
 		{"every slot", plugEverySlot},
 	} {
 		t.Run(part.name, func(t *testing.T) {
-			descriptors := openDescriptors(t)
+			own, qemus := m.descriptors()
 			part.test(t, m.on(t))
-			if now := openDescriptors(t); !slices.Equal(now, descriptors) {
-				t.Errorf("descriptors %q, before %q", now, descriptors)
+			now, qemuNow := m.descriptors()
+			if diff := cmp.Diff(own, now); diff != "" {
+				t.Errorf("own descriptors (-before +now):\n%s", diff)
+			}
+			if diff := cmp.Diff(qemus, qemuNow); diff != "" {
+				t.Errorf("qemu's descriptors (-before +now):\n%s", diff)
 			}
 		})
 	}
-	// The SCSI controller stays.
-	m.seen("cd /guest/sys; ls bus/pci/devices block", before+"\n0000:01:01.0")
+	m.seen("cd /guest/sys; ls bus/pci/devices block", before)
+}
+
+// lookout starts a container that sees the guest's own /sys and /dev.
+func (m *machine) lookout() {
+	m.tb.Helper()
+	m.create("look", func(r *protocol.CreateContainerRequest) {
+		r.OCI.Mounts = append(r.OCI.Mounts,
+			&protocol.Mount{Destination: "/guest/sys", Source: "/sys", Type: "bind", Options: []string{"rbind"}},
+			&protocol.Mount{Destination: "/guest/dev", Source: "/dev", Type: "bind", Options: []string{"rbind"}},
+		)
+		r.OCI.Linux.Resources.Devices = []*protocol.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
+	}, "/bin/sleep", "100000")
+	m.startContainer("look")
 }
 
 // look runs a script in the container that sees the guest's devices.
@@ -59,11 +83,12 @@ func (m *machine) look(script string) string {
 	return m.inContainer("look", "/bin/sh", "-c", script)
 }
 
-// seen waits until the guest's answer to the script is that.
+// seen waits until the guest's answer to the script is that. A driver that is
+// loaded first takes an emulated guest its time.
 func (m *machine) seen(script, want string) {
 	m.tb.Helper()
 	var got string
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(vmtest.Timeout); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if got = m.look(script); got == want {
 			return
 		}
@@ -71,19 +96,124 @@ func (m *machine) seen(script, want string) {
 	m.tb.Errorf("the guest has %q, want %q: %s", got, want, script)
 }
 
-func openDescriptors(t *testing.T) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
+// descriptors lists the open files of the test and of QEMU.
+func (m *machine) descriptors() (own, qemus []string) {
+	m.tb.Helper()
+	list := func(pid string) (files []string) {
+		dir := "/proc/" + pid + "/fd/"
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			m.tb.Fatal(err)
+		}
+		for _, e := range entries {
+			target, err := os.Readlink(dir + e.Name())
+			if err != nil || strings.HasPrefix(target, "/proc/") { // the directory itself
+				continue
+			}
+			files = append(files, strings.TrimRight(target, "0123456789[]")) // socket:[4711]
+		}
+		slices.Sort(files)
+		return files
 	}
-	var list []string
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(target, "/proc/") && !strings.HasPrefix(target, "socket:") && !strings.HasPrefix(target, "anon_inode") {
-			list = append(list, target)
+	for _, p := range m.Processes() {
+		if p.Role == "qemu" {
+			qemus = list(fmt.Sprint(p.PID))
 		}
 	}
-	return list
+	return list("self"), qemus
+}
+
+// Modules of memory for guests without virtio-mem. Online as movable they go
+// again; the guest refuses to give back one that it can't empty, and lives on.
+func TestVMPlugModules(t *testing.T) {
+	m := boot(t, func(s *hypervisor.Spec) {
+		s.MemorySlots = 2
+		s.KernelParams = []string{"memhp_default_state=offline"}
+	})
+	m.createSandbox()
+	m.lookout()
+	const blocks = "ls -d /guest/sys/devices/system/memory/memory* | wc -l"
+	before := m.look(blocks)
+	got, err := m.ResizeMemory(m.ctx(), 256+128)
+	if err != nil || got.MiB != 384 || len(got.Modules) != 1 || got.Modules[0].MiB != 128 {
+		t.Fatalf("grown to %+v, %v", got, err)
+	}
+	if got, err = m.ResizeMemory(m.ctx(), 900); err != nil || got.MiB != 1024 || len(got.Modules) != 2 {
+		t.Fatalf("grown to %+v, %v", got, err)
+	}
+	m.seen(fmt.Sprintf("test $(%s) = $((%s+6)) && echo six more", blocks, before), "six more")
+	first := got.Modules[0].Address / (128 << 20)
+	if first == 0 {
+		t.Fatalf("no addresses in %+v", got)
+	}
+	state := fmt.Sprintf("/guest/sys/devices/system/memory/memory%d/state", first)
+	m.look("echo online_movable > " + state)
+	m.seen("cat "+state, "online")
+	// What was online already goes last.
+	if got, err = m.ResizeMemory(m.ctx(), 384); err != nil || got.MiB != 384 || len(got.Modules) != 1 {
+		t.Fatalf("shrunk to %+v, %v", got, err)
+	}
+	if got, err = m.ResizeMemory(m.ctx(), 256); err != nil || got.MiB != 256 {
+		t.Errorf("shrunk to %+v, %v", got, err)
+	}
+	m.seen(blocks, before)
+}
+
+// A machine ends with the daemon of a share that came later, too.
+func TestVMPlugShareDies(t *testing.T) {
+	m := boot(t)
+	if _, err := m.PlugShare(m.ctx(), hypervisor.Share{Tag: "later", Dir: t.TempDir()}); err != nil {
+		t.Fatal(err)
+	}
+	processes := m.Processes()
+	last := processes[len(processes)-1]
+	if err := unix.Kill(last.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	lacks(t, ended(t, m.Machine, 5*time.Second), "virtiofsd ended: signal: killed")
+	if _, err := m.PlugShare(m.ctx(), hypervisor.Share{Tag: "other", Dir: t.TempDir()}); !errdefs.IsUnavailable(err) {
+		t.Errorf("plugged into a machine that is gone: %v", err)
+	}
+}
+
+// A kill waits for no guest, nor for a call that does.
+func TestVMKillBesidePlug(t *testing.T) {
+	m := boot(t)
+	disk := image(t, "disk", "", 1)
+	if _, err := m.PlugDisk(m.ctx(), disk); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range m.Processes() {
+		if p.Role == "qemu" {
+			if err := unix.Kill(p.PID, unix.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var jobs sync.WaitGroup
+	calls := []func() error{
+		func() error { return m.UnplugDisk(m.ctx(), "disk") },
+		func() error { _, err := m.PlugDisk(m.ctx(), image(t, "other", "", 1)); return err },
+		func() error { _, err := m.PlugShare(m.ctx(), hypervisor.Share{Tag: "x", Dir: t.TempDir()}); return err },
+		func() error { _, err := m.ResizeMemory(m.ctx(), 512); return err },
+		func() error { _, err := m.ResizeCPUs(m.ctx(), 2); return err },
+	}
+	for _, call := range calls {
+		jobs.Go(func() {
+			if err := call(); !errdefs.IsUnavailable(err) {
+				t.Error(err)
+			}
+		})
+	}
+	time.Sleep(200 * time.Millisecond) // all of them wait
+	start := time.Now()
+	if err := m.Kill(); err != nil {
+		t.Error(err)
+	}
+	jobs.Wait()
+	if d := time.Since(start); d > 2*time.Second {
+		t.Errorf("killed after %v", d)
+	}
 }
 
 // image makes an image of a disk, with a text in its first bytes.
@@ -116,7 +246,7 @@ func plugDisk(t *testing.T, m *machine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if path != "02/01" {
+	if path != "02/02" { // the SCSI controller has the first slot
 		t.Errorf("path %s", path)
 	}
 	block := guestPCI(path) + "/virtio*/block/vd?"
@@ -235,10 +365,132 @@ func plugNIC(t *testing.T, m *machine) {
 	}
 }
 
+// A share that comes later is mounted by a container like the first one.
+func plugShare(t *testing.T, m *machine) {
+	dir := t.TempDir()
+	path, err := m.PlugShare(m.ctx(), hypervisor.Share{Tag: "later, on", Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "greeting"), []byte("hello"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls "+guestPCI(path)+"/virtio*/driver >/dev/null && echo there", "there")
+	out, errs, status := m.run("shared", func(r *protocol.CreateContainerRequest) {
+		const at = "/run/kata-containers/later"
+		r.Storages = []*protocol.Storage{{Driver: "virtio-fs", Source: "later, on", Fstype: "virtiofs", MountPoint: at}}
+		r.OCI.Mounts = append(r.OCI.Mounts, &protocol.Mount{Destination: "/later", Source: at, Type: "bind", Options: []string{"rbind"}})
+	}, "/bin/sh", "-c", "cat /later/greeting; echo thanks > /later/answer")
+	if out != "hello" || status != 0 {
+		t.Errorf("got %q, %q, %d", out, errs, status)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "answer")); string(b) != "thanks\n" {
+		t.Errorf("answer %q, %v", b, err)
+	}
+	if n := len(m.Processes()); n != 4 && n != 3 { // without vhost-device-vsock where the kernel has vsock
+		t.Errorf("%d processes", n)
+	}
+	processes := len(m.Processes())
+	if err := m.UnplugShare(m.ctx(), "later, on"); err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls -d "+guestPCI(path)+" 2>/dev/null", "")
+	if n := len(m.Processes()); n != processes-1 {
+		t.Errorf("%d processes of %d", n, processes)
+	}
+	if _, err := m.PlugShare(m.ctx(), hypervisor.Share{Tag: "nowhere", Dir: filepath.Join(dir, "nowhere")}); err == nil {
+		t.Error("a directory was shared that is not there")
+	} else if !strings.Contains(err.Error(), "virtiofsd ended: exit status") {
+		t.Error(err)
+	}
+	if n := len(m.Processes()); n != processes-1 {
+		t.Errorf("%d processes of %d", n, processes)
+	}
+}
+
+func plugPCI(t *testing.T, m *machine) {
+	path, err := m.PlugPCI(m.ctx(), hypervisor.PCIDevice{ID: "test", Driver: "pci-testdev"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.seen("cat "+guestPCI(path)+"/vendor "+guestPCI(path)+"/device", "0x1b36\n0x0005") // QEMU's docs/specs/pci-ids
+	if err := m.UnplugPCI(m.ctx(), "test"); err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls -d "+guestPCI(path)+" 2>/dev/null", "")
+	if _, err := m.PlugPCI(m.ctx(), hypervisor.PCIDevice{ID: "test", Driver: "nosuch"}); err == nil {
+		t.Error("a device without a driver")
+	}
+}
+
+func plugCPU(t *testing.T, m *machine) {
+	const cpus = "cat /guest/sys/devices/system/cpu/present"
+	m.seen(cpus, "0")
+	if n, err := m.ResizeCPUs(m.ctx(), 2); n != 2 || err != nil {
+		t.Fatal(n, err)
+	}
+	// A recent Linux (6.12.117, not 6.1) has no place for another CPU where it
+	// does not know the hypervisor (acpi_is_processor_usable): TCG is none.
+	takes := m.look("cat /guest/sys/devices/system/cpu/possible") != "0"
+	if takes {
+		m.seen(cpus, "0-1")
+		m.look("echo 1 > /guest/sys/devices/system/cpu/cpu1/online")
+		m.seen("grep -c ^processor /proc/cpuinfo", "2")
+	} else if vmtest.KVM() == nil {
+		t.Error("the guest has no place for another cpu")
+	}
+	if n, err := m.ResizeCPUs(m.ctx(), 3); n != 2 || !errdefs.IsResourceExhausted(err) {
+		t.Errorf("grown to %d, %v", n, err)
+	}
+	n, err := m.ResizeCPUs(m.ctx(), 1)
+	switch {
+	case err == nil && n == 1: // from QEMU 10 on
+		m.seen(cpus, "0")
+	case n == 2 && errdefs.IsFailedPrecondition(err):
+		t.Log(err)
+		if takes {
+			m.look("echo 0 > /guest/sys/devices/system/cpu/cpu1/online")
+			m.seen("grep -c ^processor /proc/cpuinfo", "1")
+		}
+	default:
+		t.Errorf("shrunk to %d, %v", n, err)
+	}
+}
+
+func plugMemory(t *testing.T, m *machine) {
+	total := func() (kib int) {
+		_, err := fmt.Sscan(m.look("while read -r name n unit; do test $name = MemTotal: && echo $n; done < /proc/meminfo"), &kib)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kib
+	}
+	before := total()
+	for _, mib := range []int{768, 1024, 300, 256} {
+		start := time.Now()
+		got, err := m.ResizeMemory(m.ctx(), mib)
+		if got.MiB != mib || err != nil {
+			t.Fatalf("resized to %+v, %v, want %d", got, err, mib)
+		}
+		t.Logf("%d MiB after %v", mib, time.Since(start))
+		if now, want := total(), before+(mib-256)<<10; now != want {
+			t.Errorf("the guest has %d KiB, want %d", now, want)
+		}
+	}
+	if got, err := m.ResizeMemory(m.ctx(), 1026); got.MiB != 256 || !errdefs.IsResourceExhausted(err) {
+		t.Errorf("grown to %+v, %v", got, err)
+	}
+}
+
 // The bus is filled from many sides at once; what is too much is refused, and
 // nothing of it is left.
 func plugEverySlot(t *testing.T, m *machine) {
-	free := 31 - len(m.Plugged())
+	free := 31
+	for _, p := range m.Plugged() {
+		if p.Kind != hypervisor.KindCPU { // it may have to stay
+			free--
+		}
+	}
 	disks := make([]hypervisor.Disk, free+2)
 	for i := range disks {
 		disks[i] = image(t, fmt.Sprintf("d%d", i), "", 1)

@@ -69,6 +69,67 @@ func TestQEMUAcceptsArgsARM64(t *testing.T) {
 	})
 }
 
+// TestQEMUAcceptsPlug hands every command to the real QEMU; no guest runs.
+func TestQEMUAcceptsPlug(t *testing.T) {
+	path, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil || runtime.GOARCH != "amd64" {
+		skip(t, "needs qemu-system-x86_64 (package qemu-system-x86)")
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	cfg := Config{Path: path, VhostDeviceVsock: vhostDeviceVsock(), UIDBase: 2000000000}
+	host, err := Probe(t.Context(), cfg)
+	if err != nil {
+		skip(t, err.Error())
+	}
+	s, opts := fakeMachine(t, behaviour{})
+	s.Kernel, s.Initrd, s.Shares = bzImage(t), bzImage(t), nil
+	s.MaxVCPUs, s.MaxMemoryMiB, s.MemorySlots = 3, 1024, 4
+	opts.Config, opts.Host, opts.Env, opts.extra = cfg, host, nil, []string{"-S"}
+	vm, err := Start(within(t), s, opts)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	defer vm.Kill() //nolint:errcheck // when the checks below have failed
+	ctx := within(t)
+	disk := image(t)
+	ro := hypervisor.Disk{ID: "ro", Path: disk.Path, ReadOnly: true}
+	for what, plug := range map[string]func() error{
+		"disk":      func() error { _, err := vm.PlugDisk(ctx, disk); return err },
+		"read-only": func() error { _, err := vm.PlugSCSIDisk(ctx, ro); return err },
+		"pci": func() error {
+			_, err := vm.PlugPCI(ctx, hypervisor.PCIDevice{ID: "x", Driver: "pci-testdev"})
+			return err
+		},
+		"cpus":   func() error { _, err := vm.ResizeCPUs(ctx, 3); return err },
+		"memory": func() error { _, err := vm.ResizeMemory(ctx, 512); return err },
+		"share": func() error {
+			if host.Virtiofsd == "" {
+				return nil
+			}
+			_, err := vm.PlugShare(ctx, hypervisor.Share{Tag: "x", Dir: t.TempDir()})
+			return err
+		},
+	} {
+		if err := plug(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := os.Truncate(disk.Path, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	if size, err := vm.GrowDisk(ctx, disk.ID); size != 2<<20 || err != nil {
+		t.Errorf("grown to %d, %v", size, err)
+	}
+	if _, err := vm.PlugPCI(ctx, hypervisor.PCIDevice{ID: "y", Driver: "nosuch"}); err == nil {
+		t.Error("qemu has a driver nosuch")
+	}
+	if err := vm.UnplugDisk(ctx, "ro"); err != nil { // for which the guest is only told
+		t.Error(err)
+	}
+}
+
 func accept(t *testing.T, cfg Config, host *Host, change func(*hypervisor.Spec)) {
 	t.Helper()
 	s, opts := fakeMachine(t, behaviour{})

@@ -113,21 +113,39 @@ func (a *argv) device(driver, id string, slot int, properties ...string) {
 }
 
 // memory is shared, because the back ends of vhost-user devices map it too.
-// What can be added sits in one virtio-mem device that starts empty.
+// What can be added sits in one virtio-mem device that starts empty, or comes as
+// modules.
 func (a *argv) memory(spec hypervisor.Spec) {
 	backend := func(id string, mib int, more string) {
 		a.add("-object", fmt.Sprintf("memory-backend-memfd,id=%s,size=%dM,share=on%s", id, mib, more))
 	}
-	hotplug := (spec.MaxMemoryMiB - spec.MemoryMiB) &^ (memoryBlockMiB - 1)
-	if hotplug <= 0 {
+	hotplug := hotplugMiB(spec)
+	if hotplug == 0 {
 		a.add("-m", fmt.Sprintf("size=%dM", spec.MemoryMiB))
+		backend("mem", spec.MemoryMiB, "")
+		return
+	}
+	if spec.MemorySlots > 0 {
+		a.add("-m", fmt.Sprintf("size=%dM,slots=%d,maxmem=%dM", spec.MemoryMiB, spec.MemorySlots, spec.MemoryMiB+hotplug))
 		backend("mem", spec.MemoryMiB, "")
 		return
 	}
 	a.add("-m", fmt.Sprintf("size=%dM,maxmem=%dM", spec.MemoryMiB, spec.MemoryMiB+hotplug))
 	backend("mem", spec.MemoryMiB, "")
 	backend("hotmem", hotplug, ",reserve=off")
-	a.device("virtio-mem-pci", "hotmem0", memorySlot, "memdev=hotmem", "requested-size=0")
+	a.device("virtio-mem-pci", virtioMem, memorySlot, "memdev=hotmem", "requested-size=0")
+}
+
+// virtioMem is the id of the device.
+const virtioMem = "hotmem0"
+
+// hotplugMiB is what memory can grow by.
+func hotplugMiB(spec hypervisor.Spec) int {
+	block := memoryBlockMiB
+	if spec.MemorySlots > 0 {
+		block = moduleMiB
+	}
+	return (spec.MaxMemoryMiB - spec.MemoryMiB) / block * block
 }
 
 // memoryBlockMiB is what the size of a virtio-mem device must be a multiple of:

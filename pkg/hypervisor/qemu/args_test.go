@@ -73,6 +73,7 @@ func argsCases() []argsCase {
 		{"amd64-tcg-vhost-user", spec("amd64"), Config{}, host("amd64", TCG, VsockVhostUser), "vhost-user-vsock-pci,id=vsock0,bus=pcie.0,addr=0x4,chardev=vsock"},
 		{"amd64-kvm-devices", spec("amd64", devices), Config{CPU: "host,pmu=off"}, host("amd64", KVM, VsockKernel), "driver=host_device,node-name=disk0,filename=/dev/fdset/1,locking=off,read-only=on"},
 		{"amd64-tcg-hotplug", spec("amd64", hotplug, devices), Config{}, host("amd64", TCG, VsockVhostUser), "virtio-mem-pci,id=hotmem0,bus=pcie.0,addr=0x5,memdev=hotmem,requested-size=0"},
+		{"amd64-kvm-modules", spec("amd64", hotplug, func(s *hypervisor.Spec) { s.MemorySlots = 3 }), Config{}, host("amd64", KVM, VsockKernel), "size=256M,slots=3,maxmem=4096M"},
 		{"amd64-tcg-comma", spec("amd64", func(s *hypervisor.Spec) { s.Name = "a,b=c" }), Config{}, host("amd64", TCG, VsockVhostUser), "guest=a,,b=c,debug-threads=on"},
 		{"arm64-kvm-kernel", spec("arm64"), Config{}, host("arm64", KVM, VsockKernel), "virt-7.2,memory-backend=mem,dump-guest-core=off,mem-merge=off,usb=off,gic-version=max"},
 		{"arm64-tcg-vhost-user", spec("arm64", hotplug, devices), Config{}, host("arm64", TCG, VsockVhostUser), "vhost-user-fs-pci,id=sharefs1,bus=pcie.0,addr=0x9,chardev=fs1,tag=other,queue-size=1024"},

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -48,24 +48,26 @@ var optionEscape = strings.NewReplacer(`\`, `\\`, `,`, `\,`)
 
 // startVirtiofsd runs the back end of a share and returns QEMU's end of the
 // connection to it. Nothing is waited for: the connection sits in the
-// listener's backlog until virtiofsd takes it.
-func (vm *VM) startVirtiofsd(i int, share hypervisor.Share) (*os.File, error) {
+// listener's backlog until virtiofsd takes it. The name is that of a socket in
+// the sandbox's directory, for a moment.
+func (vm *VM) startVirtiofsd(name string, share hypervisor.Share, optional bool) (*process, *os.File, error) {
 	host := vm.opts.Host
 	if host.Virtiofsd == "" {
-		return nil, missing("share "+share.Tag, errors.New("no virtiofsd"), "install virtiofsd (Debian 13) or qemu-system-common (Debian 12)")
+		return nil, nil, missing("virtiofsd", exec.ErrNotFound, "install virtiofsd (Debian 13) or qemu-system-common (Debian 12)")
 	}
-	listener, conn, err := connectedListener(filepath.Join(vm.opts.Dir, "fs"+strconv.Itoa(i)))
+	listener, conn, err := connectedListener(filepath.Join(vm.opts.Dir, name))
 	if err != nil {
-		return nil, fmt.Errorf("share %s: %w", share.Tag, err)
+		return nil, nil, err
 	}
 	defer listener.Close()
-	c := command{role: roleVirtiofsd, path: host.Virtiofsd}
+	c := command{role: roleVirtiofsd, path: host.Virtiofsd, optional: optional}
 	c.args = virtiofsdArgs(host.VirtiofsdDialect, vm.opts.Config.VirtiofsdCache, share, c.files.add(listener))
-	if err := vm.start(c); err != nil {
+	p, err := vm.start(c)
+	if err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("share %s: %w", share.Tag, err)
+		return nil, nil, err
 	}
-	return conn, nil
+	return p, conn, nil
 }
 
 // connectedListener makes a listening socket and the one connection it is for.
@@ -132,7 +134,7 @@ func (vm *VM) startVhostDeviceVsock(ctx context.Context) (*os.File, error) {
 	c := command{role: roleVsock, path: vm.opts.Host.VhostDeviceVsock, user: vm.user, flags: isolation()}
 	at := fdPath(c.files.add(dir))
 	c.args = []string{"--guest-cid=3", "--socket=" + filepath.Join(at, vsockControl), "--uds-path=" + filepath.Join(at, vsockStreams)}
-	if err := vm.start(c); err != nil {
+	if _, err := vm.start(c); err != nil {
 		return nil, err
 	}
 	control := filepath.Join(path, vsockControl)

@@ -42,6 +42,11 @@ func kernelParams(spec hypervisor.Spec, accelerator, ready string) []string {
 			"swiotlb=noforce", // no bounce buffers: 64 MiB, zeroed, when memory may grow beyond 4 GiB: -83
 		)
 	}
+	if hotplugMiB(spec) > 0 {
+		// Up to three times of what it has, memory that comes is for what can be
+		// moved only, and can go again.
+		p = append(p, "memory_hotplug.online_policy=auto-movable")
+	}
 	if ready != "" {
 		p = append(p, readyParam+ready)
 	}

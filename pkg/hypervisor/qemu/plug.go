@@ -33,10 +33,8 @@ const undoTimeout = 10 * time.Second
 
 // A step is one thing that a device needs.
 type step struct {
-	do func(context.Context) error
-	// undo also copes with a step that was done by half, or not at all. What
-	// QEMU refuses then is ignored.
-	undo func(context.Context) error
+	do   func(context.Context) error
+	undo func(context.Context) error // copes with a step done by half, or not at all
 }
 
 // begin makes the context of a call on the running machine.
@@ -69,9 +67,9 @@ func (vm *VM) undoing(ctx context.Context) (context.Context, context.CancelFunc)
 	}
 }
 
-// plug adds a device. It is found again by kind and id.
-func (vm *VM) plug(ctx context.Context, what hypervisor.Plugged, steps func(*plug) []step) (*plug, error) {
-	p, err := vm.plugs.reserve(what, vm.slots(what.Kind))
+// plug adds a device in a slot of those. It is found again by kind and id.
+func (vm *VM) plug(ctx context.Context, what hypervisor.Plugged, from slots, steps func(*plug) []step) (*plug, error) {
+	p, err := vm.plugs.reserve(what, from)
 	if err != nil {
 		return nil, err
 	}
@@ -91,14 +89,10 @@ func (vm *VM) bring(ctx context.Context, p *plug) error {
 		if err == nil {
 			continue
 		}
+		p.unsure = true
 		ctx, cancel := vm.undoing(ctx)
 		defer cancel()
-		uerr := s.undo(ctx)
-		if uerr == nil || refused(uerr) {
-			p.done--
-			uerr = vm.takeBack(ctx, p)
-		}
-		if uerr != nil {
+		if uerr := vm.takeBack(ctx, p); uerr != nil {
 			err = fmt.Errorf("%w; undo: %w", err, uerr)
 		}
 		return err
@@ -106,12 +100,16 @@ func (vm *VM) bring(ctx context.Context, p *plug) error {
 	return nil
 }
 
-// takeBack undoes the steps, from where the last call for it stopped.
+// takeBack undoes the steps, from where the last call for it stopped. QEMU may
+// refuse to undo what it may never have done.
 func (vm *VM) takeBack(ctx context.Context, p *plug) error {
 	for ; p.done > 0; p.done-- {
-		if err := p.steps[p.done-1].undo(ctx); err != nil {
+		err := p.steps[p.done-1].undo(ctx)
+		if err != nil && !(p.unsure && refused(err)) {
+			p.unsure = !refused(err)
 			return err
 		}
+		p.unsure = false
 	}
 	return nil
 }
@@ -133,20 +131,6 @@ func (vm *VM) unplug(ctx context.Context, id string, kinds ...hypervisor.Kind) e
 
 // Plugged lists the devices that were added since the machine started.
 func (vm *VM) Plugged() []hypervisor.Plugged { return vm.plugs.list() }
-
-// slots are the numbers that a kind of device can have.
-func (vm *VM) slots(kind hypervisor.Kind) slots {
-	switch kind {
-	case hypervisor.KindSCSIDisk:
-		return scsiTargets
-	case hypervisor.KindMemory:
-		return slots{"memory slot", 0, vm.spec.MemorySlots - 1}
-	case hypervisor.KindCPU:
-		return slots{"cpu", 0, vm.spec.MaxVCPUs - 1}
-	default:
-		return busSlots
-	}
-}
 
 // properties are arguments of a QMP command.
 type properties map[string]any
@@ -186,7 +170,7 @@ const askAgain = 6 * time.Second
 // remove asks the guest to let a device go, and waits until it did.
 func (vm *VM) remove(ctx context.Context, p *plug) error {
 	p.forget() // what it said to an earlier request
-	again := time.NewTicker(askAgain)
+	again := time.NewTicker(vm.askAgain)
 	defer again.Stop()
 	for {
 		select {
@@ -198,9 +182,9 @@ func (vm *VM) remove(ctx context.Context, p *plug) error {
 		switch {
 		case errdefs.IsNotFound(err):
 			return nil
-		case err == nil:
+		case !refused(err):
 			p.asked = true
-		case !p.asked || !refused(err): // a request that is under way is refused, too
+		case !p.asked: // a request that is under way is refused, too
 			return err
 		}
 		select {
@@ -211,6 +195,8 @@ func (vm *VM) remove(ctx context.Context, p *plug) error {
 		case <-again.C:
 		case <-ctx.Done():
 			return fmt.Errorf("wait for guest to let %s go: %w", p.name(), context.Cause(ctx))
+		case <-vm.deaf: // before the machine is known to be gone
+			return fmt.Errorf("wait for guest to let %s go: %w", p.name(), errGone)
 		}
 	}
 }

@@ -70,14 +70,15 @@ func (vm *VM) plugDisk(ctx context.Context, disk hypervisor.Disk, kind hyperviso
 		return nil, err
 	}
 	defer file.Close()
-	bus := bridge
+	bus, from := bridge, busSlots
 	if kind == hypervisor.KindSCSIDisk {
+		from = scsiTargets
 		if bus, err = vm.scsiController(ctx); err != nil {
 			return nil, err
 		}
 	}
 	what := hypervisor.Plugged{Kind: kind, ID: disk.ID, Path: disk.Path}
-	return vm.plug(ctx, what, func(p *plug) []step {
+	return vm.plug(ctx, what, from, func(p *plug) []step {
 		return []step{vm.descriptorSet(p, file), vm.blockNode(p, disk, block), device(p, bus)}
 	})
 }
@@ -128,7 +129,7 @@ func (vm *VM) scsiController(ctx context.Context) (bus string, err error) {
 	defer vm.scsiTurn.give()
 	p := vm.plugs.find(hypervisor.KindSCSIController)
 	if p == nil {
-		p, err = vm.plug(ctx, hypervisor.Plugged{Kind: hypervisor.KindSCSIController}, func(p *plug) []step {
+		p, err = vm.plug(ctx, hypervisor.Plugged{Kind: hypervisor.KindSCSIController}, busSlots, func(p *plug) []step {
 			return []step{vm.pciDevice(p, "virtio-scsi-pci", nil)}
 		})
 		if err != nil {

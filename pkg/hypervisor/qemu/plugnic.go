@@ -34,7 +34,7 @@ func (vm *VM) PlugNIC(ctx context.Context, nic hypervisor.NIC, taps, vhost []*os
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	p, err := vm.plug(ctx, hypervisor.Plugged{Kind: hypervisor.KindNIC, ID: nic.ID}, func(p *plug) []step {
+	p, err := vm.plug(ctx, hypervisor.Plugged{Kind: hypervisor.KindNIC, ID: nic.ID}, busSlots, func(p *plug) []step {
 		files := &lent{vm: vm}
 		return []step{files.step(), vm.netdev(p, files, taps, vhost), vm.nic(p, nic, len(taps))}
 	})

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -43,10 +44,11 @@ type plug struct {
 	gone    chan struct{} // closed when QEMU has removed the device
 	refused chan string   // the guest's last words on removing it
 
-	busy  bool   // guarded by plugs.mu: a call has it, and with it what follows
-	steps []step // what it takes
-	done  int    // how many of them are done
-	asked bool   // the guest was asked to let it go
+	busy   bool   // guarded by plugs.mu: a call has it, and with it what follows
+	steps  []step // what it takes
+	done   int    // how many of them are done
+	unsure bool   // whether the last of these is
+	asked  bool   // the guest was asked to let it go
 }
 
 // name is QEMU's id of the device. A slot is not used again before everything
@@ -87,7 +89,7 @@ func onBus(kind hypervisor.Kind) bool {
 }
 
 // reserve makes a record for a new device, in a slot of its own. It is the
-// caller's until settled.
+// caller's until settled. What nobody else names has its slot as its id.
 func (ps *plugs) reserve(what hypervisor.Plugged, from slots) (*plug, error) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -107,7 +109,9 @@ func (ps *plugs) reserve(what hypervisor.Plugged, from slots) (*plug, error) {
 	if err != nil {
 		return nil, err
 	}
-	what.Slot = slot
+	if what.Slot = slot; what.ID == "" {
+		what.ID = strconv.Itoa(slot)
+	}
 	p := &plug{Plugged: what, gone: make(chan struct{}), refused: make(chan string, 1), busy: true}
 	if ps.all == nil {
 		ps.all = map[string]*plug{}

@@ -40,6 +40,8 @@ type command struct {
 	files inheritance
 	user  *syscall.Credential // nil: as the caller
 	flags uintptr             // namespaces of its own
+	// optional: the machine does not end with it, at first.
+	optional bool
 }
 
 // An inheritance is the list of files that a process gets. The caller keeps
@@ -67,6 +69,8 @@ type process struct {
 	output *ring
 	done   chan struct{} // closed when it is reaped and its output read
 	err    error         // how it ended; valid after done
+
+	optional bool // guarded by VM.mu: the machine does not end with it
 }
 
 // start runs a command. The process is on record (launcher.started) before
@@ -132,6 +136,8 @@ func (l *launcher) run(c command, path string) (*process, error) {
 		cmd:     cmd,
 		output:  newRing(stderrSize),
 		done:    make(chan struct{}),
+
+		optional: c.optional,
 	}
 	go p.watch(r) // joined by whoever waits for done
 	return p, nil

@@ -34,15 +34,8 @@ func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error)
 	if err != nil {
 		return nil, fmt.Errorf("start machine: %w", err)
 	}
-	vm := &VM{
-		spec: spec, opts: opts, user: user,
-		launcher: launcher{
-			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
-			cgroupFD: opts.CgroupFD, started: opts.Started,
-		},
-		scsiTurn: newTurn(),
-		deaf:     make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
-	}
+	vm := newVM(spec, opts)
+	vm.user = user
 	if err := vm.boot(ctx); err != nil {
 		vm.fail("start: " + err.Error())
 		vm.bury()
@@ -50,6 +43,18 @@ func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error)
 	}
 	go vm.bury() // it closes Done
 	return vm, nil
+}
+
+func newVM(spec hypervisor.Spec, opts Options) *VM {
+	return &VM{
+		spec: spec, opts: opts,
+		launcher: launcher{
+			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
+			cgroupFD: opts.CgroupFD, started: opts.Started,
+		},
+		resized: make(chan struct{}, 1), askAgain: askAgain, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
+		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
+	}
 }
 
 // startError prefers the cause over what it broke: a process that ended over
@@ -105,7 +110,7 @@ func (vm *VM) boot(ctx context.Context) error {
 	qemu.args = arguments(vm.spec, vm.opts.Config, *vm.opts.Host, vm.cid, vm.doorbell.param(), fd)
 	qemu.args = append(qemu.args, vm.opts.extra...)
 	vm.cmdline = append([]string{qemu.path}, qemu.args...)
-	if err := vm.start(qemu); err != nil {
+	if _, err := vm.start(qemu); err != nil {
 		conn.Close()
 		return err
 	}
@@ -174,9 +179,9 @@ func (vm *VM) openVsock(ctx context.Context, fd *descriptors, give func(*os.File
 
 func (vm *VM) openShares(fd *descriptors, give func(*os.File) int) error {
 	for i, share := range vm.spec.Shares {
-		conn, err := vm.startVirtiofsd(i, share)
+		_, conn, err := vm.startVirtiofsd(fmt.Sprintf("fs%d", i), share, false)
 		if err != nil {
-			return err
+			return fmt.Errorf("share %s: %w", share.Tag, err)
 		}
 		fd.Shares = append(fd.Shares, give(conn))
 	}

@@ -39,7 +39,10 @@ type VM struct {
 	watchers sync.WaitGroup // of processes, QMP and doorbell
 	calls    sync.WaitGroup // that change the running machine; none begins after down
 	plugs    plugs
-	scsiTurn turn // to plug the controller
+	resized  chan struct{} // has an element when the size of memory may have changed
+	askAgain time.Duration // of the package; shorter in tests
+	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
+	scsiTurn, cpuTurn, memoryTurn turn
 
 	deaf chan struct{} // closed when QMP has ended: no event comes any more
 	down chan struct{} // closed by fail: the machine has ended or is to

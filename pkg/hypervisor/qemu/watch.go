@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,13 +15,13 @@ import (
 )
 
 // start runs a process of the machine and watches it.
-func (vm *VM) start(c command) error {
+func (vm *VM) start(c command) (*process, error) {
 	if vm.isDown() {
-		return errGone
+		return nil, errGone
 	}
 	p, err := vm.launcher.start(c)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	vm.mu.Lock()
 	vm.processes = append(vm.processes, p)
@@ -33,7 +34,47 @@ func (vm *VM) start(c command) error {
 		p.kill()
 	}
 	vm.watchers.Go(func() { vm.watch(p) })
-	return nil
+	return p, nil
+}
+
+// setOptional says whether the machine lives on when the process ends. It is
+// too late to need a process that has ended.
+func (vm *VM) setOptional(p *process, optional bool) (ok bool) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	select {
+	case <-p.done:
+		ok = optional
+	default:
+		ok = true
+	}
+	if ok {
+		p.optional = optional
+	}
+	return ok
+}
+
+func (vm *VM) isOptional(p *process) bool {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return p.optional
+}
+
+// dismiss waits for the end of a process that has nothing to do any more, and
+// helps when that takes long.
+func (vm *VM) dismiss(ctx context.Context, p *process) {
+	vm.setOptional(p, true)
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.kill()
+	case <-time.After(dyingTimeout):
+		p.kill()
+	}
+	<-p.done
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	vm.processes = slices.DeleteFunc(vm.processes, func(q *process) bool { return q == p })
 }
 
 func (vm *VM) isDown() bool {
@@ -78,6 +119,9 @@ func (vm *VM) watch(p *process) {
 		case <-time.After(patience):
 		}
 	}
+	if vm.isOptional(p) {
+		return
+	}
 	vm.fail(p.Role + " ended: " + p.end())
 }
 
@@ -113,6 +157,11 @@ func (vm *VM) event(e qmp.Event) {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
 	switch e.Name {
+	case "MEMORY_DEVICE_SIZE_CHANGE":
+		select {
+		case vm.resized <- struct{}{}:
+		default:
+		}
 	case "SHUTDOWN":
 		var data struct{ Reason string }
 		if json.Unmarshal(e.Data, &data) == nil && vm.shutdown == "" {
