@@ -20,11 +20,12 @@ func serve(ctx context.Context) error {
 	}
 	modules := module.New(module.Dir)
 	return guest.Serve(ctx, guest.Config{
-		Version:    version.Version,
-		Addr:       params.Agent.ServerAddr,
-		InitDaemon: true,
-		PipeSize:   params.Agent.ContainerPipeBytes,
-		Ready:      params.Ready.Push,
+		Version:        version.Version,
+		Addr:           params.Agent.ServerAddr,
+		InitDaemon:     true,
+		PipeSize:       params.Agent.ContainerPipeBytes,
+		HotplugTimeout: params.Agent.HotplugTimeout,
+		Ready:          params.Ready.Push,
 		LoadModule: func(_ context.Context, name string, params []string) error {
 			return modules.Load(name, strings.Join(params, " "))
 		},

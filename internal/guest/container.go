@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
@@ -52,6 +53,9 @@ type container struct {
 	lib    *libcontainer.Container // guarded by op
 	ownPID bool                    // has a pid namespace of its own; set once, before created
 	undo   cleanup.Stack           // what create did; guarded by op
+	wanted cpuset                  // guarded by op
+	hooks  configs.Hooks           // those that libcontainer does not run; set once, before created
+	about  about                   // set once, before created
 
 	mu      sync.Mutex
 	state   state                 // guarded by mu

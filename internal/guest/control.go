@@ -88,12 +88,14 @@ func (s *service) UpdateContainer(ctx context.Context, req *protocol.UpdateConta
 	if err != nil {
 		return nil, err
 	}
-	if cpu := req.GetResources().GetCPU(); cpu != nil {
-		clampCPUs(&cpu.Cpus, &cpu.Mems)
-	}
 	return &emptypb.Empty{}, c.do(ctx, func() error {
 		if st := c.current(); st == stopped || st == removed {
 			return precondition("container %q is %s", c.id, st)
+		}
+		if cpu := req.GetResources().GetCPU(); cpu != nil {
+			set(&c.wanted.cpus, cpu.GetCpus())
+			set(&c.wanted.mems, cpu.GetMems())
+			clampCPUs(&cpu.Cpus, &cpu.Mems)
 		}
 		config := c.lib.Config()
 		limits := *config.Cgroups

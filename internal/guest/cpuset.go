@@ -86,3 +86,12 @@ func clampCPUs(cpus, mems *string) {
 		*l.list = clamp(*l.list, string(have))
 	}
 }
+
+// A cpuset is what a container was given, whether the guest has it or not.
+type cpuset struct{ cpus, mems string }
+
+// clamp is the part of it that the guest has now.
+func (c cpuset) clamp() (cpus, mems string) {
+	clampCPUs(&c.cpus, &c.mems)
+	return c.cpus, c.mems
+}

@@ -30,8 +30,8 @@ func (s *service) CreateContainer(ctx context.Context, req *protocol.CreateConta
 			return nil, err
 		}
 	}
-	if n := len(req.GetDevices()) + len(req.GetSharedMounts()); n > 0 {
-		return nil, notImplemented("devices and shared mounts")
+	if err := checkSharedMounts(req.GetSharedMounts()); err != nil {
+		return nil, err
 	}
 	c, err := s.sandbox.add(req.GetContainerId())
 	if err != nil {
@@ -86,6 +86,9 @@ func (c *container) create(ctx context.Context, req *protocol.CreateContainerReq
 	if c.isDoomed() {
 		return precondition("container %q was killed while it was being created", c.id)
 	}
+	if err := c.addSharedMounts(req.GetSharedMounts(), p); err != nil {
+		return err
+	}
 	unwatch, err := c.sandbox.watcher.add(c.group.file("memory.events"), func() { c.oom.check() })
 	if err != nil {
 		return err
@@ -106,11 +109,15 @@ func (c *container) prepare(ctx context.Context, req *protocol.CreateContainerRe
 	if req.GetOCI().GetRoot().GetPath() == "" {
 		return nil, invalid("container %q has no root file system", c.id)
 	}
+	c.about = newAbout(req.GetOCI())
 	spec := toSpec(req.GetOCI())
 	if err := checkProcess(spec.Process); err != nil {
 		return nil, err
 	}
 	if err := checkPath("root file system", spec.Root.Path); err != nil {
+		return nil, err
+	}
+	if err := c.sandbox.addDevices(ctx, spec, req.GetDevices(), &c.undo); err != nil {
 		return nil, err
 	}
 	for _, storage := range req.GetStorages() {
@@ -126,7 +133,8 @@ func (c *container) prepare(ctx context.Context, req *protocol.CreateContainerRe
 		}
 	}
 	if cpu := spec.Linux.Resources.CPU; cpu != nil {
-		clampCPUs(&cpu.Cpus, &cpu.Mems)
+		c.wanted = cpuset{cpu.Cpus, cpu.Mems}
+		cpu.Cpus, cpu.Mems = c.wanted.clamp()
 	}
 	return spec, nil
 }
@@ -159,6 +167,7 @@ func (c *container) makeContainer(spec *specs.Spec) (*libcontainer.Container, er
 	if err != nil {
 		return nil, invalid("container %q: %s", c.id, err)
 	}
+	c.hooks = splitHooks(config.Hooks, c.sandbox.guestHooks())
 	lib, err := libcontainer.Create(c.sandbox.cfg.stateDir(), c.id, config)
 	if err != nil {
 		return nil, fmt.Errorf("create container %q: %w", c.id, err)
@@ -235,6 +244,9 @@ func (c *container) start() error {
 	if st := c.current(); st != created {
 		return precondition("container %q is %s", c.id, st)
 	}
+	if err := c.runHooks(configs.StartContainer); err != nil {
+		return err
+	}
 	path := filepath.Join(c.sandbox.cfg.stateDir(), c.id, "exec.fifo")
 	// For writing too: then it never blocks, and there is no end of file before
 	// the process has opened it.
@@ -256,12 +268,20 @@ func (c *container) start() error {
 		return precondition("start container %q: its process has ended", c.id)
 	}
 	_ = os.Remove(path) // by which libcontainer knows that it runs
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.state == created { // and has not ended already
-		c.state = running
+	c.begun()
+	if err := c.runHooks(configs.Poststart); err != nil {
+		return errors.Join(err, c.kill())
 	}
 	return nil
+}
+
+// begun notes that the first process runs, unless it has ended already.
+func (c *container) begun() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state == created {
+		c.state = running
+	}
 }
 
 // ExecProcess implements the protocol.

@@ -22,6 +22,7 @@ func (s *service) GetGuestDetails(_ context.Context, req *protocol.GuestDetailsR
 	resp := &protocol.GuestDetailsResponse{AgentDetails: &protocol.AgentDetails{
 		Version:         s.cfg.Version,
 		InitDaemon:      s.cfg.InitDaemon,
+		DeviceHandlers:  slices.Sorted(maps.Keys(deviceHandlers)),
 		StorageHandlers: slices.Sorted(maps.Keys(mounters)),
 		SupportsSeccomp: seccomp.Enabled,
 		ExtraFeatures:   []string{extension.FeatureExtension, extension.FeatureStreams},

@@ -10,9 +10,9 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -20,6 +20,7 @@ import (
 // below which all of them are.
 type mountRequest struct {
 	*protocol.Storage
+	storages    *storages
 	root, rel   string
 	containerID string
 }
@@ -31,20 +32,36 @@ func mountVirtioFS(_ context.Context, m *mountRequest) (func() error, error) {
 	return m.mount(m.GetSource(), "virtiofs", m.GetOptions())
 }
 
-// mountBlock mounts a disk by the path of its device. Disks by PCI address come
-// with hotplug.
-func mountBlock(_ context.Context, m *mountRequest) (func() error, error) {
-	if err := checkPath("device", m.GetSource()); err != nil || !strings.HasPrefix(m.GetSource(), "/dev/") {
-		return nil, fmt.Errorf("disk by address %q: %w", m.GetSource(), errdefs.ErrNotImplemented)
+// mountBlock mounts a disk by its PCI path or by the path of its node.
+func mountBlock(ctx context.Context, m *mountRequest) (func() error, error) {
+	n, err := m.storages.devices.anyDisk(ctx, m.GetSource())
+	if err != nil {
+		return nil, err
 	}
-	if m.GetFstype() == "bind" {
-		return m.mount(m.GetSource(), "", append(m.GetOptions(), "bind"))
+	return m.mountDisk(n)
+}
+
+func mountSCSI(ctx context.Context, m *mountRequest) (func() error, error) {
+	address, err := parseSCSI(m.GetSource())
+	if err != nil {
+		return nil, err
 	}
-	return m.mount(m.GetSource(), m.GetFstype(), m.GetOptions())
+	n, err := m.storages.devices.scsiDisk(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	return m.mountDisk(n)
+}
+
+func (m *mountRequest) mountDisk(n node) (func() error, error) {
+	if m.GetFstype() == "bind" { // the disk itself, not what is on it
+		return m.mount(n.path, "", append(m.GetOptions(), "bind"))
+	}
+	return m.mount(n.path, m.GetFstype(), m.GetOptions())
 }
 
 // mountEphemeral mounts memory: a tmpfs, or huge pages.
-func mountEphemeral(_ context.Context, m *mountRequest) (func() error, error) {
+func mountEphemeral(ctx context.Context, m *mountRequest) (func() error, error) {
 	kind := m.GetFstype()
 	if kind == "" {
 		kind = "tmpfs"
@@ -56,11 +73,26 @@ func mountEphemeral(_ context.Context, m *mountRequest) (func() error, error) {
 	if err != nil {
 		return nil, err
 	}
-	undo, err := m.mount(m.GetSource(), kind, options)
+	var undo cleanup.Stack
+	if kind == "hugetlbfs" {
+		pages, err := parseHugePages(options)
+		if err != nil {
+			return nil, err
+		}
+		if err := m.storages.allocate(ctx, pages); err != nil {
+			return nil, err
+		}
+		undo.Add(func() error { return m.storages.free(pages) })
+		options = pages.options
+	}
+	unmount, err := m.mount(m.GetSource(), kind, options)
+	if unmount != nil {
+		undo.Add(unmount)
+	}
 	if err == nil && gid >= 0 {
 		err = m.inRoot(func(root *os.Root) error { return shareWith(root, m.rel, gid) })
 	}
-	return undo, err
+	return undo.Run, err
 }
 
 // makeLocal makes a directory on what is mounted already.
@@ -88,7 +120,9 @@ func makeLocal(_ context.Context, m *mountRequest) (func() error, error) {
 		}
 		return shareWith(root, m.rel, gid)
 	})
-	return nil, err // what is in it is the host's to remove
+	return func() error {
+		return m.inRoot(func(root *os.Root) error { return root.RemoveAll(m.rel) })
+	}, err
 }
 
 func mountOverlay(_ context.Context, m *mountRequest) (func() error, error) {

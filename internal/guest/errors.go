@@ -64,7 +64,7 @@ func precondition(format string, args ...any) error {
 	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), errdefs.ErrFailedPrecondition)
 }
 
-// notImplemented is the answer of what this agent does not do yet.
+// notImplemented is the answer of what this agent does not do.
 func notImplemented(what string) error {
 	return fmt.Errorf("%s: %w", what, errdefs.ErrNotImplemented)
 }

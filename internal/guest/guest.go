@@ -26,6 +26,7 @@ package guest
 import (
 	"context"
 	"path/filepath"
+	"time"
 )
 
 // APIVersion is the version of the agent protocol, as Health.Version reports it.
@@ -46,6 +47,8 @@ type Config struct {
 	// PipeSize is the capacity of the pipes that carry standard streams, in
 	// bytes; 0 keeps the kernel's.
 	PipeSize int
+	// HotplugTimeout is how long a device may take to appear; 0 is 3 seconds.
+	HotplugTimeout time.Duration
 	// Ready is called once, when everything listens. An error is logged.
 	Ready func(ctx context.Context) error
 	// LoadModule loads a kernel module; nil refuses requests that need one.

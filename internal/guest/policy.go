@@ -22,8 +22,3 @@ func (s *service) MemAgentMemcgSet(context.Context, *protocol.MemAgentMemcgConfi
 func (s *service) MemAgentCompactSet(context.Context, *protocol.MemAgentCompactConfig) (*emptypb.Empty, error) {
 	return nil, notImplemented("MemAgentCompactSet")
 }
-
-// GetDiagnosticData implements the protocol.
-func (s *service) GetDiagnosticData(context.Context, *protocol.GetDiagnosticDataRequest) (*protocol.GetDiagnosticDataResponse, error) {
-	return nil, notImplemented("GetDiagnosticData")
-}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -30,14 +31,19 @@ type sandbox struct {
 	cfg      Config
 	watcher  *watcher
 	oom      *oomQueue
+	devices  *devices
 	storages *storages
 
 	setup lock          // held by CreateSandbox and DestroySandbox
 	undo  cleanup.Stack // what CreateSandbox did; guarded by setup
 
+	hotplug      lock // held while CPUs and memory come online
+	memoryBlocks int  // how many there were; guarded by hotplug
+
 	mu         sync.Mutex
 	id         string                // guarded by mu
 	pinned     *pinned               // guarded by mu; nil: there is no sandbox
+	hooks      configs.Hooks         // of the guest, for every container; guarded by mu
 	pidOwner   *process              // the first process of the shared pid namespace; guarded by mu
 	containers map[string]*container // guarded by mu
 	closing    bool                  // guarded by mu
@@ -45,9 +51,12 @@ type sandbox struct {
 	destroyed chan struct{} // closed when DestroySandbox is done
 }
 
-func newSandbox(cfg Config, w *watcher) *sandbox {
+func newSandbox(cfg Config, w *watcher, u *uevents) *sandbox {
+	d := newDevices(cfg.HotplugTimeout, u)
+	blocks, _ := filepath.Glob(filepath.Join(d.memory(), "memory[0-9]*")) // the pattern is right
 	return &sandbox{
-		cfg: cfg, watcher: w, oom: newOOMQueue(), storages: newStorages(cfg), setup: newLock(),
+		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d),
+		setup: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
 		containers: map[string]*container{}, destroyed: make(chan struct{}),
 	}
 }
@@ -74,8 +83,10 @@ func checkSandbox(req *protocol.CreateSandboxRequest) error {
 	if len(req.GetHostname()) > 64 || strings.ContainsRune(req.GetHostname(), 0) {
 		return invalid("hostname %q", bound(req.GetHostname(), 128))
 	}
-	if req.GetGuestHookPath() != "" {
-		return notImplemented("guest hooks")
+	if path := req.GetGuestHookPath(); path != "" {
+		if err := checkPath("guest hooks", path); err != nil {
+			return err
+		}
 	}
 	for _, line := range req.GetDns() {
 		if len(line) > 4096 {
@@ -121,19 +132,24 @@ func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest
 		}
 		b.undo.Add(release)
 	}
+	b.undo.Add(b.storages.close) // before those: it may be on them
+	hooks, err := findHooks(req.GetGuestHookPath())
+	if err != nil {
+		return err
+	}
 	if err := b.writeDNS(req.GetDns()); err != nil {
 		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.id, b.pinned = req.GetSandboxId(), pins
+	b.id, b.pinned, b.hooks = req.GetSandboxId(), pins, hooks
 	return nil
 }
 
 func (b *sandbox) loadModules(ctx context.Context, modules []*protocol.KernelModule) error {
 	for _, m := range modules {
 		if b.cfg.LoadModule == nil {
-			return notImplemented("kernel modules")
+			return precondition("this guest loads no kernel modules")
 		}
 		if err := checkID("kernel module", m.GetName()); err != nil {
 			return err
@@ -242,6 +258,13 @@ func pathOf(list []specs.LinuxNamespace, kind specs.LinuxNamespaceType) string {
 		}
 	}
 	return ""
+}
+
+// guestHooks are those that every container gets.
+func (b *sandbox) guestHooks() configs.Hooks {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.hooks
 }
 
 // sharePID makes the pid namespace of the first container, or of the first one

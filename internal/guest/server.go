@@ -50,19 +50,24 @@ func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err erro
 	if err != nil {
 		return errors.Join(err, rpc.Close(), streams.Close())
 	}
-	s := &server{cfg: cfg, sandbox: newSandbox(cfg, watch)}
-	if s.rpc, err = newRPC(s); err != nil {
+	events, err := newUevents()
+	if err != nil {
 		return errors.Join(err, rpc.Close(), streams.Close(), watch.close())
+	}
+	s := &server{cfg: cfg, sandbox: newSandbox(cfg, watch, events)}
+	if s.rpc, err = newRPC(s); err != nil {
+		return errors.Join(err, rpc.Close(), streams.Close(), watch.close(), events.close())
 	}
 	var (
 		jobs       sync.WaitGroup
-		failed     = make(chan error, 3)
+		failed     = make(chan error, 4)
 		life, stop = context.WithCancel(ctx)
 		conns      = newAnsweringListener(rpc)
 	)
 	jobs.Go(func() { failed <- fmt.Errorf("serve rpc: %w", s.rpc.Serve(life, conns)) })
 	jobs.Go(func() { failed <- fmt.Errorf("serve streams: %w", s.serveStreams(life, streams)) })
 	jobs.Go(func() { failed <- fmt.Errorf("watch control groups: %w", watch.run()) })
+	jobs.Go(func() { failed <- fmt.Errorf("watch devices: %w", events.run()) })
 	jobs.Go(func() { s.sayReady(life) })
 
 	select {
@@ -79,7 +84,7 @@ func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err erro
 	grace, hungUp := context.WithTimeout(ctx, hangUpGrace)
 	conns.closed(grace)
 	hungUp()
-	err = errors.Join(err, streams.Close(), s.rpc.Close(), watch.close())
+	err = errors.Join(err, streams.Close(), s.rpc.Close(), watch.close(), events.close())
 	jobs.Wait()
 	s.handshakes.Wait()
 	if !conns.closed(ctx) || !answered {

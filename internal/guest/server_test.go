@@ -164,7 +164,7 @@ func TestStorages(t *testing.T) {
 		return func() error { unmounted++; return nil }, nil
 	}
 	defer delete(mounters, "test")
-	s := newStorages(Config{Root: t.TempDir()})
+	s := newStorages(Config{Root: t.TempDir()}, nil)
 	storage := &protocol.Storage{Driver: "test", MountPoint: s.cfg.Root + "/x/"}
 	first, err := s.add(t.Context(), storage, "a")
 	if err != nil {
@@ -442,7 +442,7 @@ func TestFreezeGivesUp(t *testing.T) {
 }
 
 func TestDo(t *testing.T) {
-	b := newSandbox(Config{}, nil)
+	b := newSandbox(Config{}, nil, nil)
 	c := newContainer(b, "c")
 	ctx, cancel := context.WithCancel(t.Context())
 	hang, undone := make(chan struct{}), make(chan struct{})
@@ -482,7 +482,7 @@ func TestDo(t *testing.T) {
 }
 
 func TestStates(t *testing.T) {
-	c := newContainer(newSandbox(Config{}, nil), "c")
+	c := newContainer(newSandbox(Config{}, nil, nil), "c")
 	for _, step := range []struct {
 		to state
 		ok bool

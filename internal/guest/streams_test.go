@@ -31,7 +31,7 @@ func (c pipeConn) Write(p []byte) (int, error) { return c.w.Write(p) }
 // testContainer has a process of this host, "c", whose streams are real.
 func testContainer(t *testing.T, command ...string) (*service, *container, *process) {
 	t.Helper()
-	b := newSandbox(Config{Root: t.TempDir()}, nil)
+	b := newSandbox(Config{Root: t.TempDir()}, nil, nil)
 	c := newContainer(b, "c")
 	c.state = running
 	b.containers["c"] = c

@@ -59,6 +59,24 @@ func lookUser(to *specs.User, from *protocol.StringUser, passwd, group []byte) e
 // readInRoot reads a file of the container, whose links do not lead out of it.
 // No file is an empty one.
 func readInRoot(root, name string) ([]byte, error) {
+	f, err := openInRoot(root, name, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxUserFile))
+	if err != nil {
+		return nil, fmt.Errorf("read %s of the container: %w", name, err)
+	}
+	return b, nil
+}
+
+// openInRoot opens a regular file below a directory. Links are resolved as if
+// that were the root, if resolve lets them be.
+func openInRoot(root, name string, resolve uint64) (*os.File, error) {
 	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: root, Err: err}
@@ -66,22 +84,15 @@ func readInRoot(root, name string) ([]byte, error) {
 	defer unix.Close(dir)
 	fd, err := unix.Openat2(dir, name, &unix.OpenHow{
 		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | resolve,
 	})
-	if errors.Is(err, unix.ENOENT) {
-		return nil, nil
-	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
 	f := os.NewFile(uintptr(fd), name)
-	defer f.Close()
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
 		return nil, invalid("%s in the container is not a file", name)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxUserFile))
-	if err != nil {
-		return nil, fmt.Errorf("read %s of the container: %w", name, err)
-	}
-	return b, nil
+	return f, nil
 }
