@@ -26,6 +26,27 @@ func (n *namespace) close() error {
 	return n.file.Close()
 }
 
+// control calls f with the descriptor, which stays open meanwhile.
+func (n *namespace) control(f func(fd int)) error {
+	conn, err := n.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return conn.Control(func(fd uintptr) { f(int(fd)) })
+}
+
+// enter makes it the calling thread's.
+func (n *namespace) enter(kind int) error {
+	var err error
+	if cerr := n.control(func(fd int) { err = unix.Setns(fd, kind) }); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fmt.Errorf("enter namespace: %w", err)
+	}
+	return nil
+}
+
 // openNamespace keeps a namespace of the calling thread, or of a process.
 func openNamespace(path string) (*namespace, error) {
 	f, err := os.Open(path)
@@ -35,20 +56,18 @@ func openNamespace(path string) (*namespace, error) {
 	return &namespace{f}, nil
 }
 
-// pinned are the namespaces that all containers of the sandbox join. The agent
-// is in none of them: containers may change net.* sysctls, and the pod's network
-// does not reach the agent.
-type pinned struct{ net, ipc, uts *namespace }
+// pinned are the namespaces that all containers of the sandbox join, beside its
+// network. The agent is in none of them: containers may change net.* sysctls, and
+// the pod's network does not reach the agent.
+type pinned struct{ ipc, uts *namespace }
 
-func (p *pinned) close() error {
-	return errors.Join(p.net.close(), p.ipc.close(), p.uts.close())
-}
+func (p *pinned) close() error { return errors.Join(p.ipc.close(), p.uts.close()) }
 
-// pinNamespaces makes them, with the loopback device up and the hostname set.
+// pinNamespaces makes them, with the hostname set.
 func pinNamespaces(hostname string) (*pinned, error) {
 	var p pinned
 	err := onThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
+		if err := unix.Unshare(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
 			return fmt.Errorf("unshare namespaces: %w", err)
 		}
 		if hostname != "" {
@@ -56,24 +75,34 @@ func pinNamespaces(hostname string) (*pinned, error) {
 				return fmt.Errorf("set hostname %q: %w", hostname, err)
 			}
 		}
-		if err := loopbackUp(); err != nil {
-			return fmt.Errorf("bring loopback up: %w", err)
+		var err error
+		if p.ipc, err = openNamespace("/proc/thread-self/ns/ipc"); err != nil {
+			return err
 		}
-		for _, ns := range []struct {
-			name string
-			to   **namespace
-		}{{"net", &p.net}, {"ipc", &p.ipc}, {"uts", &p.uts}} {
-			var err error
-			if *ns.to, err = openNamespace("/proc/thread-self/ns/" + ns.name); err != nil {
-				return err
-			}
-		}
-		return nil
+		p.uts, err = openNamespace("/proc/thread-self/ns/uts")
+		return err
 	})
 	if err != nil {
 		return nil, errors.Join(err, p.close())
 	}
 	return &p, nil
+}
+
+// pinNetwork makes a network namespace, with the loopback device up.
+func pinNetwork() (*namespace, error) {
+	var ns *namespace
+	err := onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare network: %w", err)
+		}
+		if err := loopbackUp(); err != nil {
+			return fmt.Errorf("bring loopback up: %w", err)
+		}
+		var err error
+		ns, err = openNamespace("/proc/thread-self/ns/net")
+		return err
+	})
+	return ns, err
 }
 
 func loopbackUp() error {

@@ -2,141 +2,155 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"net"
-	"strconv"
+	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/emptypb"
-
-	"github.com/vmshim/vmshim/pkg/agent/protocol"
-	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 )
 
-// The network of the sandbox: everything here acts in its pinned namespace.
+// defaultHotplugTimeout is the protocol's own.
+const defaultHotplugTimeout = 3 * time.Second
 
-const ifLoopback = net.FlagLoopback
+// A network is the sandbox': a pinned namespace that all containers join. Hosts
+// configure it before they create the sandbox, so the first call that needs it
+// makes it. Cards appear outside, where the agent is, and are moved inside.
+type network struct {
+	timeout time.Duration // bounds the wait for a card that was just plugged
+	outside *namespace    // nil: the agent's own
+	sysBus  string        // /sys/bus
+	change  lock          // held by calls that change something
 
-// inNetwork calls f with a netlink handle of the sandbox' network namespace.
-func (b *sandbox) inNetwork(f func(*netlink.Handle) error) error {
-	b.mu.Lock()
-	pins := b.pinned
-	b.mu.Unlock()
-	if pins == nil {
-		return precondition("there is no sandbox yet")
+	mu     sync.Mutex
+	inside *namespace // guarded by mu
+	closed bool       // guarded by mu
+}
+
+func newNetwork(timeout time.Duration) *network {
+	if timeout == 0 {
+		timeout = defaultHotplugTimeout
 	}
-	h, err := netlink.NewHandleAt(netns.NsHandle(pins.net.file.Fd()), unix.NETLINK_ROUTE)
+	return &network{timeout: timeout, sysBus: "/sys/bus", change: newLock()}
+}
+
+// pin returns the namespace.
+func (n *network) pin() (*namespace, error) {
+	if ns, err := n.pinned(); ns != nil || err != nil {
+		return ns, err
+	}
+	ns, err := pinNetwork()
 	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed || n.inside != nil { // somebody was faster
+		err := ns.close()
+		if n.closed {
+			err = errors.Join(errDestroyed, err)
+		}
+		return n.inside, err
+	}
+	n.inside = ns
+	return ns, nil
+}
+
+var errDestroyed = precondition("the sandbox is being destroyed")
+
+func (n *network) pinned() (*namespace, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, errDestroyed
+	}
+	return n.inside, nil
+}
+
+// close lets go of the namespace, and of what is in it when nobody else is.
+func (n *network) close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
+	err := n.inside.close()
+	n.inside = nil
+	return err
+}
+
+// look calls f with a netlink handle of the namespace.
+func (n *network) look(f func(*netlink.Handle) error) error {
+	ns, err := n.pin()
+	if err != nil {
+		return err
+	}
+	h, err := ns.netlink()
+	if err != nil {
+		return err
 	}
 	defer h.Close()
 	return f(h)
 }
 
-// ListInterfaces implements the protocol.
-func (s *service) ListInterfaces(context.Context, *protocol.ListInterfacesRequest) (*protocol.Interfaces, error) {
-	list := &protocol.Interfaces{}
-	err := s.sandbox.inNetwork(func(h *netlink.Handle) error {
-		links, err := h.LinkList()
-		if err != nil {
-			return fmt.Errorf("list links: %w", err)
+// alter does the same for f that changes something, while no one else does.
+func (n *network) alter(ctx context.Context, f func(*netlink.Handle) error) error {
+	if err := n.change.acquire(ctx); err != nil {
+		return err
+	}
+	defer n.change.release()
+	return n.look(f)
+}
+
+// netlink opens a handle in a network namespace; nil is the agent's.
+func (n *namespace) netlink() (h *netlink.Handle, err error) {
+	if nerr := n.handle(func(ns netns.NsHandle) {
+		h, err = netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	}); nerr != nil {
+		return nil, nerr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return h, nil
+}
+
+// linkEvents tells of changes of links in a network namespace until stop.
+func (n *namespace) linkEvents() (events <-chan netlink.LinkUpdate, stop func(), err error) {
+	ch, done := make(chan netlink.LinkUpdate), make(chan struct{})
+	if nerr := n.handle(func(ns netns.NsHandle) {
+		err = netlink.LinkSubscribeAt(ns, ch, done)
+	}); nerr != nil {
+		return nil, nil, nerr
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("subscribe to links: %w", err)
+	}
+	return ch, func() {
+		close(done)
+		for range ch { // the sender closes it at its end
 		}
-		for _, link := range links {
-			addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
-			if err != nil {
-				return fmt.Errorf("list addresses of %s: %w", link.Attrs().Name, err)
-			}
-			list.Interfaces = append(list.Interfaces, toInterface(link, addrs))
-		}
+	}, nil
+}
+
+// handle calls f with what the netlink library knows a namespace by.
+func (n *namespace) handle(f func(netns.NsHandle)) error {
+	if n == nil {
+		f(netns.None())
 		return nil
-	})
-	return list, err
-}
-
-func toInterface(link netlink.Link, addrs []netlink.Addr) *types.Interface {
-	a := link.Attrs()
-	iface := &types.Interface{
-		Device: a.Name, Name: a.Name, Mtu: uint64(a.MTU), HwAddr: a.HardwareAddr.String(),
-		Type: link.Type(), RawFlags: a.RawFlags,
 	}
-	for _, addr := range addrs {
-		ones, _ := addr.Mask.Size()
-		iface.IPAddresses = append(iface.IPAddresses, &types.IPAddress{
-			Family: familyOf(addr.IP), Address: addr.IP.String(), Mask: strconv.Itoa(ones),
-		})
-	}
-	return iface
+	return n.control(func(fd int) { f(netns.NsHandle(fd)) })
 }
 
-func familyOf(ip net.IP) types.IPFamily {
-	if ip.To4() == nil {
-		return types.IPFamily_v6
-	}
-	return types.IPFamily_v4
-}
+// maxDumps bounds how often a list is asked for that changes meanwhile.
+const maxDumps = 10
 
-// ListRoutes implements the protocol: the main tables of both families.
-func (s *service) ListRoutes(context.Context, *protocol.ListRoutesRequest) (*protocol.Routes, error) {
-	list := &protocol.Routes{}
-	err := s.sandbox.inNetwork(func(h *netlink.Handle) error {
-		for family, f := range map[int]types.IPFamily{
-			netlink.FAMILY_V4: types.IPFamily_v4, netlink.FAMILY_V6: types.IPFamily_v6,
-		} {
-			routes, err := h.RouteList(nil, family)
-			if err != nil {
-				return fmt.Errorf("list routes: %w", err)
-			}
-			for _, r := range routes {
-				list.Routes = append(list.Routes, toRoute(h, &r, f))
-			}
-		}
-		return nil
-	})
-	return list, err
-}
-
-func toRoute(h *netlink.Handle, r *netlink.Route, family types.IPFamily) *types.Route {
-	route := &types.Route{Scope: uint32(r.Scope), Family: family, Flags: uint32(r.Flags), Mtu: uint32(r.MTU)}
-	if r.Dst != nil {
-		if ones, _ := r.Dst.Mask.Size(); ones > 0 {
-			route.Dest = r.Dst.String()
+// dump lists something. What the kernel says is incomplete is asked for again.
+func dump[T any](list func() ([]T, error)) ([]T, error) {
+	for range maxDumps - 1 {
+		if all, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
 		}
 	}
-	if r.Gw != nil {
-		route.Gateway = r.Gw.String()
-	}
-	if r.Src != nil {
-		route.Source = r.Src.String()
-	}
-	if link, err := h.LinkByIndex(r.LinkIndex); err == nil {
-		route.Device = link.Attrs().Name
-	}
-	return route
-}
-
-// UpdateInterface implements the protocol.
-func (s *service) UpdateInterface(context.Context, *protocol.UpdateInterfaceRequest) (*types.Interface, error) {
-	return nil, notImplemented("UpdateInterface")
-}
-
-// UpdateRoutes implements the protocol.
-func (s *service) UpdateRoutes(context.Context, *protocol.UpdateRoutesRequest) (*protocol.Routes, error) {
-	return nil, notImplemented("UpdateRoutes")
-}
-
-// AddARPNeighbors implements the protocol.
-func (s *service) AddARPNeighbors(context.Context, *protocol.AddARPNeighborsRequest) (*emptypb.Empty, error) {
-	return nil, notImplemented("AddARPNeighbors")
-}
-
-// GetIPTables implements the protocol.
-func (s *service) GetIPTables(context.Context, *protocol.GetIPTablesRequest) (*protocol.GetIPTablesResponse, error) {
-	return nil, notImplemented("GetIPTables")
-}
-
-// SetIPTables implements the protocol.
-func (s *service) SetIPTables(context.Context, *protocol.SetIPTablesRequest) (*protocol.SetIPTablesResponse, error) {
-	return nil, notImplemented("SetIPTables")
+	return list()
 }

@@ -33,6 +33,7 @@ type sandbox struct {
 	oom      *oomQueue
 	devices  *devices
 	storages *storages
+	network  *network
 
 	setup lock          // held by CreateSandbox and DestroySandbox
 	undo  cleanup.Stack // what CreateSandbox did; guarded by setup
@@ -42,6 +43,7 @@ type sandbox struct {
 
 	mu         sync.Mutex
 	id         string                // guarded by mu
+	net        *namespace            // the network's; guarded by mu
 	pinned     *pinned               // guarded by mu; nil: there is no sandbox
 	hooks      configs.Hooks         // of the guest, for every container; guarded by mu
 	pidOwner   *process              // the first process of the shared pid namespace; guarded by mu
@@ -55,7 +57,7 @@ func newSandbox(cfg Config, w *watcher, u *uevents) *sandbox {
 	d := newDevices(cfg.HotplugTimeout, u)
 	blocks, _ := filepath.Glob(filepath.Join(d.memory(), "memory[0-9]*")) // the pattern is right
 	return &sandbox{
-		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d),
+		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d), network: newNetwork(cfg.HotplugTimeout),
 		setup: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
 		containers: map[string]*container{}, destroyed: make(chan struct{}),
 	}
@@ -120,6 +122,10 @@ func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest
 			return err
 		}
 	}
+	net, err := b.network.pin()
+	if err != nil {
+		return err
+	}
 	pins, err := pinNamespaces(req.GetHostname())
 	if err != nil {
 		return err
@@ -142,7 +148,7 @@ func (b *sandbox) create(ctx context.Context, req *protocol.CreateSandboxRequest
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.id, b.pinned, b.hooks = req.GetSandboxId(), pins, hooks
+	b.id, b.net, b.pinned, b.hooks = req.GetSandboxId(), net, pins, hooks
 	return nil
 }
 
@@ -235,7 +241,7 @@ func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, shared
 	defer b.mu.Unlock()
 	list := []specs.LinuxNamespace{
 		{Type: specs.MountNamespace, Path: mnt.path()},
-		{Type: specs.NetworkNamespace, Path: b.pinned.net.path()},
+		{Type: specs.NetworkNamespace, Path: b.net.path()},
 		{Type: specs.IPCNamespace, Path: b.pinned.ipc.path()},
 		{Type: specs.UTSNamespace, Path: b.pinned.uts.path()},
 		{Type: specs.CgroupNamespace},
@@ -317,7 +323,7 @@ func (b *sandbox) destroy(ctx context.Context) {
 		})
 	}
 	removals.Wait()
-	if err := b.undo.Run(); err != nil {
+	if err := errors.Join(b.undo.Run(), b.network.close()); err != nil {
 		log.G(ctx).WithError(err).Warn("sandbox not cleaned up")
 	}
 	close(b.destroyed)

@@ -75,10 +75,10 @@ func TestServe(t *testing.T) {
 			_, err := agent.SetPolicy(ctx, &protocol.SetPolicyRequest{})
 			return err
 		}, errdefs.ErrNotImplemented},
-		"interfaces without a sandbox": {func() error {
-			_, err := agent.ListInterfaces(ctx, &protocol.ListInterfacesRequest{})
+		"interface without a name": {func() error {
+			_, err := agent.UpdateInterface(ctx, &protocol.UpdateInterfaceRequest{})
 			return err
-		}, errdefs.ErrFailedPrecondition},
+		}, errdefs.ErrInvalidArgument},
 		"long hostname": {func() error {
 			_, err := agent.CreateSandbox(ctx, &protocol.CreateSandboxRequest{Hostname: string(make([]byte, 65))})
 			return err

@@ -27,7 +27,7 @@ func (s *service) StatsContainer(_ context.Context, req *protocol.StatsContainer
 	if err != nil {
 		return nil, fmt.Errorf("stats of container %q: %w", c.id, err)
 	}
-	network, err := s.sandbox.networkStats()
+	network, err := s.sandbox.network.stats()
 	if err != nil {
 		return nil, fmt.Errorf("stats of container %q: %w", c.id, err)
 	}
@@ -111,11 +111,11 @@ func toBlkio(in *cgroups.BlkioStats) *protocol.BlkioStats {
 	}
 }
 
-// networkStats are those of the sandbox' interfaces, which all containers share.
-func (b *sandbox) networkStats() ([]*protocol.NetworkStats, error) {
+// stats are those of the sandbox' interfaces but the loopback one, which all containers share.
+func (n *network) stats() ([]*protocol.NetworkStats, error) {
 	var stats []*protocol.NetworkStats
-	err := b.inNetwork(func(h *netlink.Handle) error {
-		links, err := h.LinkList()
+	err := n.look(func(h *netlink.Handle) error {
+		links, err := dump(h.LinkList)
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}
