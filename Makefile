@@ -26,11 +26,15 @@ prereqs: ## install the Debian packages that are missing (as root)
 prereqs-protos:
 	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages-protos.txt
 
+.PHONY: prereqs-kernel
+prereqs-kernel:
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages-kernel.txt
+
 .PHONY: build
 build: ## the shim and the command, into _output/bin
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-shim-vm-v2 ./cmd/vmshim
 
--include guest/image.mk # agent, image
+-include guest/image.mk # agent, image, kernel
 
 .PHONY: vhost-device-vsock
 vhost-device-vsock: prereqs ## fetch the daemon that serves vsock where /dev/vhost-vsock does not
@@ -103,11 +107,14 @@ e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2
 .PHONY: test-all
 test-all: test test-kernel fuzz bench ## make test, then what takes longer
 
-# The kernel of Debian's release instead of the newest that it offers.
+# The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel
-test-kernel: all containerds
+test-kernel: all kernel containerds ## every test with a machine, on the other kernels
 	go run ./guest/mkimage -agent $(BIN)/vmshim-agent -cache $(CACHE)/debs -out $(OUT)/guest-stable -kernel linux-image-cloud-$(shell dpkg --print-architecture)
-	VMSHIM_GUEST=$(abspath $(OUT)/guest-stable) $(MACHINES) -run '^Test(VM|Shim|E2E)' ./...
+	for guest in stable tuned; do \
+		echo "== guest-$$guest"; \
+		VMSHIM_GUEST=$(abspath $(OUT))/guest-$$guest $(MACHINES) -run '^Test(VM|Shim|E2E)' ./... || exit; \
+	done
 
 FUZZTIME ?= 30s
 

@@ -5,10 +5,13 @@ GUEST_KERNEL ?=
 AGENT_FLAGS   = -trimpath -tags 'netgo osusergo seccomp' \
 	-ldflags '-s -w -X github.com/vmshim/vmshim/internal/version.Version=$(or $(VERSION),unknown) -linkmode external -extldflags -static'
 
-.PHONY: agent image
+.PHONY: agent image kernel
 
 agent: ## build the guest's agent (static, with cgo for libcontainer)
 	CGO_ENABLED=1 go build $(AGENT_FLAGS) -o _output/bin/vmshim-agent ./cmd/vmshim-agent
 
 image: agent ## build the guest image from Debian packages
 	go run ./guest/mkimage -agent _output/bin/vmshim-agent -cache $(GUEST_CACHE)/debs -out _output/guest -kernel '$(GUEST_KERNEL)'
+
+kernel: prereqs prereqs-kernel agent ## the image with a tuned kernel of our own, into _output/guest-tuned
+	kernel=$$(guest/mkkernel) && go run ./guest/mkimage -agent _output/bin/vmshim-agent -cache $(GUEST_CACHE)/debs -out _output/guest-tuned -kernel "$$kernel"

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"strings"
@@ -53,25 +55,69 @@ func findKernel(ctx context.Context, a apt, names []string) (pkg, error) {
 	return pkg{}, fmt.Errorf("find kernel: apt knows none of %v (apt-get update may help)", names)
 }
 
-func readKernel(ctx context.Context, a apt, p pkg) (*kernel, error) {
+// chooseKernel gets the kernel that the options ask for.
+func chooseKernel(ctx context.Context, a apt, o options) (*kernel, error) {
+	if strings.HasSuffix(o.kernel, builtSuffix) {
+		return readBuilt(ctx, o.kernel)
+	}
+	names := metas(o.arch)
+	if o.kernel != "" {
+		names = []string{o.kernel}
+	}
+	p, err := findKernel(ctx, a, names)
+	if err != nil {
+		return nil, err
+	}
 	deb, err := a.fetch(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	files, err := readDeb(ctx, deb, func(name string) bool {
-		return strings.HasPrefix(name, "boot/") || strings.HasPrefix(name, "usr/lib/modules/")
-	})
+	files, err := readDeb(ctx, deb, ofKernel)
 	if err != nil {
 		return nil, err
 	}
+	return newKernel(ctx, p, files)
+}
+
+// builtSuffix is how the file ends that guest/mkkernel makes: an archive like
+// the one in a package, named as packages are, SOURCE_VERSION+KEY_ARCH.
+const builtSuffix = ".tar"
+
+func readBuilt(ctx context.Context, file string) (*kernel, error) {
+	fields := strings.Split(strings.TrimSuffix(path.Base(file), builtSuffix), "_")
+	if len(fields) != 3 {
+		return nil, fmt.Errorf("kernel %s: not named NAME_VERSION_ARCH%s", file, builtSuffix)
+	}
+	sum, err := hashFile(file)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	files, err := readTar(f, ofKernel)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	return newKernel(ctx, pkg{Name: fields[0], Version: fields[1], Arch: fields[2], SHA256: sum}, files)
+}
+
+// ofKernel says which files of an archive newKernel wants.
+func ofKernel(name string) bool {
+	return strings.HasPrefix(name, "boot/") || strings.HasPrefix(name, "usr/lib/modules/")
+}
+
+func newKernel(ctx context.Context, p pkg, files tree) (_ *kernel, err error) {
 	k := &kernel{pkg: p, files: tree{}}
 	for name, n := range files {
 		base := path.Base(name)
 		switch {
 		case path.Dir(name) != "boot":
 			k.files[name] = n
-		case strings.HasPrefix(base, "vmlinuz-"):
-			k.Release = strings.TrimPrefix(base, "vmlinuz-")
+		case strings.HasPrefix(base, "vmlinuz-"), strings.HasPrefix(base, "vmlinux-"):
+			k.Release = base[len("vmlinuz-"):]
 			if k.image, err = unpack(ctx, n.data); err != nil {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
@@ -80,7 +126,7 @@ func readKernel(ctx context.Context, a apt, p pkg) (*kernel, error) {
 		}
 	}
 	if k.image == nil {
-		return nil, fmt.Errorf("%s: no kernel in it", deb)
+		return nil, fmt.Errorf("package %s %s: no kernel in it", p.Name, p.Version)
 	}
 	return k, nil
 }
@@ -89,10 +135,10 @@ func (k *kernel) has(option string) bool {
 	return strings.Contains(k.config, "\nCONFIG_"+option+"=y\n")
 }
 
-// unpack gets the kernel proper out of what a boot loader loads. x86: the
-// "payload" of a bzImage (Documentation/arch/x86/boot.rst), which QEMU boots
-// through PVH without the time that unpacking takes in the guest. arm64: QEMU
-// loads the plain Image.
+// unpack gets the kernel proper out of what a boot loader loads. x86: an ELF
+// file, which QEMU boots through PVH without the time that unpacking takes in
+// the guest; in a bzImage it is the "payload" (Documentation/arch/x86/boot.rst).
+// arm64: QEMU loads the plain Image.
 func unpack(ctx context.Context, vmlinuz []byte) ([]byte, error) {
 	const (
 		setupSectors  = 0x1f1
@@ -101,6 +147,9 @@ func unpack(ctx context.Context, vmlinuz []byte) ([]byte, error) {
 		payloadLength = 0x24c
 		sector        = 512
 	)
+	if bytes.HasPrefix(vmlinuz, []byte(elf.ELFMAG)) {
+		return compactELF(vmlinuz)
+	}
 	if len(vmlinuz) < sector*2 || string(vmlinuz[magic:magic+4]) != "HdrS" {
 		return decompress(ctx, vmlinuz)
 	}
@@ -109,11 +158,11 @@ func unpack(ctx context.Context, vmlinuz []byte) ([]byte, error) {
 	if end > len(vmlinuz) {
 		return nil, errors.New("payload ends beyond the file")
 	}
-	elf, err := decompress(ctx, vmlinuz[start:end])
+	vmlinux, err := decompress(ctx, vmlinuz[start:end])
 	if err != nil {
 		return nil, err
 	}
-	return compactELF(elf)
+	return compactELF(vmlinux)
 }
 
 // decompress unpacks by the magic number. Data that has none is as it should be.

@@ -28,7 +28,7 @@ func run() int {
 	flag.StringVar(&o.cache, "cache", "", "`directory` that keeps downloaded packages")
 	flag.StringVar(&o.lists, "lists", "guest", "`directory` of modules.txt and tools.txt")
 	flag.StringVar(&o.out, "out", "", "`directory` for vmlinux, initrd.img and manifest.txt")
-	flag.StringVar(&o.kernel, "kernel", "", "kernel `package` (or one that depends on it) instead of the newest")
+	flag.StringVar(&o.kernel, "kernel", "", "kernel `package` (or one that depends on it) instead of the newest, or a file that guest/mkkernel made")
 	flag.StringVar(&o.arch, "arch", runtime.GOARCH, "Debian's name of the `architecture`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
@@ -49,15 +49,7 @@ func build(ctx context.Context, o options) error {
 		return err
 	}
 	a := apt{dir: o.cache}
-	names := metas(o.arch)
-	if o.kernel != "" {
-		names = []string{o.kernel}
-	}
-	p, err := findKernel(ctx, a, names)
-	if err != nil {
-		return err
-	}
-	k, err := readKernel(ctx, a, p)
+	k, err := chooseKernel(ctx, a, o)
 	if err != nil {
 		return err
 	}
@@ -75,7 +67,7 @@ func build(ctx context.Context, o options) error {
 	}{
 		{images[0], k.image},
 		{images[1], initrd.Bytes()},
-		{images[2], manifest(append([]pkg{p}, tools...))},
+		{images[2], manifest(append([]pkg{k.pkg}, tools...))},
 		{inputsName, made}, // the last one: what it says is there
 	} {
 		if err := replace(filepath.Join(o.out, f.name), f.data); err != nil {

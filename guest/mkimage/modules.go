@@ -199,6 +199,7 @@ func (s *kos) index(ctx context.Context, all []string, files map[string]string) 
 			x.Aliases = append(x.Aliases, module.Alias{Pattern: alias, Name: name})
 		}
 	}
+	x.Builtins = slices.Sorted(maps.Keys(s.k.builtin()))
 	var text bytes.Buffer
 	_, err := x.WriteTo(&text)
 	return text.Bytes(), err

@@ -4,6 +4,7 @@
 //
 //	module NAME FILE NAME…    a module, its file, all that must be loaded before it, in order
 //	alias PATTERN NAME        who serves a device or a protocol
+//	builtin NAME              what the kernel has without a module
 //
 // FILE is relative to the directory of the index. Patterns are those of
 // modules.alias (globs). Beside it, two files list the modules that are loaded
@@ -44,8 +45,9 @@ type Alias struct{ Pattern, Name string }
 
 // An Index knows the modules of the image.
 type Index struct {
-	Modules []Module
-	Aliases []Alias
+	Modules  []Module
+	Aliases  []Alias
+	Builtins []string
 }
 
 // Canonical is the one spelling of a module's name: the kernel takes - and _
@@ -64,6 +66,8 @@ func Parse(r io.Reader) (*Index, error) {
 			x.Modules = append(x.Modules, Module{Name: f[1], File: f[2], Deps: f[3:]})
 		case f[0] == "alias" && len(f) == 3:
 			x.Aliases = append(x.Aliases, Alias{Pattern: f[1], Name: f[2]})
+		case f[0] == "builtin" && len(f) == 2:
+			x.Builtins = append(x.Builtins, f[1])
 		default:
 			return nil, fmt.Errorf("index line %d: %q", n, s.Text())
 		}
@@ -80,14 +84,21 @@ func (x *Index) WriteTo(w io.Writer) (int64, error) {
 	for _, a := range x.Aliases {
 		fmt.Fprintln(&b, "alias", a.Pattern, a.Name)
 	}
+	for _, name := range x.Builtins {
+		fmt.Fprintln(&b, "builtin", name)
+	}
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err
 }
 
-// Lookup finds the module with the name, or the modules whose alias matches it.
+// Lookup finds the module with the name, or the modules whose alias matches it:
+// none for what the kernel has built in.
 func (x *Index) Lookup(name string) ([]Module, error) {
 	if m, ok := x.module(Canonical(name)); ok {
 		return []Module{m}, nil
+	}
+	if slices.Contains(x.Builtins, Canonical(name)) {
+		return nil, nil
 	}
 	var found []Module
 	for _, a := range x.Aliases {

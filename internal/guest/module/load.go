@@ -22,8 +22,7 @@ type Loader struct {
 }
 
 // New makes a loader for the modules in dir. The index is read when a module is
-// asked for by name for the first time. A kernel without modules has none: then
-// every name is unknown.
+// asked for by name for the first time. Without one every name is unknown.
 func New(dir string) *Loader {
 	return &Loader{
 		dir:    dir,
@@ -63,7 +62,9 @@ func (l *Loader) LoadList(name string) error {
 }
 
 // Load loads what has the name or alias, after all it needs. Options are the
-// module's, as on modprobe's command line. What is already there is no error.
+// module's, as on modprobe's command line. What is already there is no error; so
+// is what the kernel has built in, which takes its options from the kernel's
+// command line.
 func (l *Loader) Load(name, options string) error {
 	index, err := l.index()
 	if err != nil {

@@ -18,6 +18,8 @@ alias fs-xfs xfs
 alias virtio:d00000001v* virtio_net
 alias virtio:d*v* dm_mod
 alias crypto-crc32c gone
+builtin ext4
+builtin virtio_pci
 `
 
 func TestLookup(t *testing.T) {
@@ -78,7 +80,23 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
-// A kernel of one piece has neither modules nor an index.
+// What is built in is there: nothing is loaded for it.
+func TestBuiltin(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, IndexName), []byte(sample), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"ext4", "virtio-pci"} {
+		if err := New(dir).Load(name, "option=1"); err != nil {
+			t.Errorf("Load(%q) = %v", name, err)
+		}
+	}
+	if err := New(dir).Load("xt_NAT", ""); !errdefs.IsNotFound(err) {
+		t.Errorf("Load = %v, want not found", err)
+	}
+}
+
+// A directory without lists and index, or none at all.
 func TestNoModules(t *testing.T) {
 	l := New(t.TempDir())
 	if err := l.LoadList(BootName); err != nil {
