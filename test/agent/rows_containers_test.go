@@ -39,7 +39,7 @@ func proveCreateContainer(e *env) {
 		r.Storages = []*protocol.Storage{scratch(r.ContainerId)}
 	}, "/bin/sh", "-c", "echo ran > /ran; sleep 1000")
 	e.sees("test -d "+groupDir+"/"+id+" && echo there", "there")
-	e.equal("mounted storage", e.look("grep ' "+scratch(id).MountPoint+" ' /proc/mounts | cut -d' ' -f4"), "rw,noexec,relatime,size=1024k")
+	e.equal("mounted storage", e.look("grep ' "+scratch(id).MountPoint+" ' /proc/mounts | cut -d' ' -f4"), "rw,noexec,relatime,size=1024k,inode64")
 	e.equal("processes", len(e.pids(id)), 1)
 	e.equal("command lines", e.look(hasCommand(id, "/bin/sh.*")+"; test -e "+rooted(id, "ran")+" || echo waits"), "0\nwaits")
 	e.ok(e.StartContainer(e.ctx, id))
@@ -55,7 +55,7 @@ func proveStartContainer(e *env) {
 func proveStopContainer(e *env) {
 	id := e.runWith(func(r *protocol.CreateContainerRequest) {
 		r.Storages = []*protocol.Storage{scratch(r.ContainerId)}
-	}, "/bin/sh", "-c", "sleep 1000 & sleep 1000")
+	}, "/bin/sh", "-c", "sleep 1000 & sleep 1000 & wait")
 	e.until("it runs", func() bool { return len(e.pids(id)) == 3 })
 	e.ok(e.StopContainer(e.ctx, id))
 	e.equal("processes", e.pids(id), []string{})
@@ -187,7 +187,7 @@ func proveOOMEvent(e *env) {
 }
 
 func proveDiagnosticData(e *env) {
-	id := e.runWith(terminationLog, "/bin/sh", "-c", "echo last words > /dev/termination-log; echo done > /done; sleep 1000")
+	id := e.run("/bin/sh", "-c", "echo last words > /dev/termination-log; echo done > /done; sleep 1000")
 	e.sees("cat "+rooted(id, "done"), "done")
 	b, err := e.DiagnosticData(e.ctx, "termination_log", id)
 	e.ok(err)
@@ -223,6 +223,3 @@ func (e *env) guestDo(script string) func() error {
 		return err
 	}
 }
-
-// terminationLog is how a container says where its last words are.
-func terminationLog(r *protocol.CreateContainerRequest) {}

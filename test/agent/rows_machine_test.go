@@ -30,6 +30,7 @@ const (
 	sandboxDir   = "/run/kata-containers/sandbox"
 	groupDir     = "/sys/fs/cgroup/vmshim"
 	observerPort = 7001
+	guestMiB     = 256
 	mib          = 1 << 20
 )
 
@@ -38,13 +39,16 @@ type guest struct {
 	*vmtest.Machine
 	client *agent.Client
 	agent  string // the process of the agent in the guest's /proc
+	cpus   int    // that it has
 }
 
 // bootGuest starts a machine with a client of its agent, and no sandbox yet.
 func bootGuest(t *testing.T, change ...func(*hypervisor.Spec)) *guest {
 	t.Helper()
-	m := vmtest.Boot(t, append([]func(*hypervisor.Spec){func(s *hypervisor.Spec) { s.MaxVCPUs = 2 }}, change...)...)
-	g := &guest{Machine: m, client: agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(extension.AgentPort)})}
+	m := vmtest.Boot(t, append([]func(*hypervisor.Spec){func(s *hypervisor.Spec) {
+		s.MaxVCPUs, s.MemoryMiB, s.MaxMemoryMiB = 3, guestMiB, 4*guestMiB
+	}}, change...)...)
+	g := &guest{Machine: m, cpus: 1, client: agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(extension.AgentPort)})}
 	t.Cleanup(func() { g.client.MarkDead(errors.New("test is over")) })
 	return g
 }
@@ -269,7 +273,7 @@ func (e *env) sees(script, want string) {
 			return
 		}
 		select {
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(50 * time.Millisecond):
 		case <-e.ctx.Done():
 			e.fail("guest has %q, want %q: %s", got, want, script)
 		}

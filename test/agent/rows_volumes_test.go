@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
@@ -15,7 +17,7 @@ import (
 var volumeRows = []row{
 	{46, "GuestVolumeStats", "GetVolumeStats", "bytes and inodes equal statfs in the guest; available is what users get", proveGuestVolumeStats, with[noGuestVolumeStats]},
 	{47, "ResizeGuestVolume", "ResizeVolume", "df in the guest after the disk grew, ext4 and xfs", proveResizeGuestVolume, with[noResizeGuestVolume]},
-	{50, "RemoveStaleShareMounts", "RemoveStaleVirtiofsShareMounts", "mountinfo of the guest", proveRemoveStaleShareMounts, with[noRemoveStaleShareMounts]},
+	{50, "RemoveStaleShareMounts", "RemoveStaleVirtiofsShareMounts", "mountinfo of the guest: what the host has unmounted is gone, the rest is there", proveRemoveStaleShareMounts, with[noRemoveStaleShareMounts]},
 	{51, "UpdateEphemeralMounts", "UpdateEphemeralMounts", "statfs in the guest: the tmpfs has its new size, and its files", proveUpdateEphemeralMounts, with[noUpdateEphemeralMounts]},
 }
 
@@ -117,10 +119,26 @@ func proveResizeGuestVolume(e *env) {
 }
 
 func proveRemoveStaleShareMounts(e *env) {
-	// A root file system that nobody has unmounted, and whose directory the host has removed.
-	dir := filepath.Join(e.guest.Share, "stale", "rootfs")
-	e.ok(os.MkdirAll(dir, 0o755))
-	e.fail("not written yet: %s", dir)
+	// What the host mounts below the share the guest mounts when it sees it.
+	for _, name := range []string{"stale", "live"} {
+		dir := filepath.Join(e.guest.Share, name)
+		e.ok(os.Mkdir(dir, 0o755))
+		e.undo.Add(func() error { return os.Remove(dir) })
+		e.ok(unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
+		e.undo.Add(func() error { // of both sides
+			_ = unix.Unmount(dir, unix.MNT_DETACH)
+			ctx, cancel := e.later()
+			defer cancel()
+			return e.guest.client.RemoveStaleShareMounts(ctx)
+		})
+		e.ok(os.WriteFile(filepath.Join(dir, "f"), nil, 0o644))
+		e.look("cat " + shareDir + "/" + name + "/f")
+	}
+	const mounted = `awk '$5 ~ "^` + shareDir + `/(stale|live)$"{print $5}' /proc/self/mountinfo`
+	e.equal("mounted at first", e.look(mounted), shareDir+"/stale\n"+shareDir+"/live")
+	e.ok(unix.Unmount(filepath.Join(e.guest.Share, "stale"), unix.MNT_DETACH))
+	e.ok(e.RemoveStaleShareMounts(e.ctx))
+	e.equal("mounted now", e.look(mounted), shareDir+"/live")
 }
 
 func proveUpdateEphemeralMounts(e *env) {
