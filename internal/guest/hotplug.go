@@ -209,12 +209,12 @@ func swapOn(path string) error {
 		return invalid("path %q", path)
 	}
 	_, _, errno := unix.Syscall(unix.SYS_SWAPON, uintptr(unsafe.Pointer(p)), 0, 0)
-	switch errno {
-	case 0:
+	switch {
+	case errno == 0:
 		return nil
-	case unix.EINVAL:
+	case errors.Is(errno, unix.EINVAL):
 		return invalid("%s has no swap area", path)
-	case unix.EBUSY:
+	case errors.Is(errno, unix.EBUSY):
 		return fmt.Errorf("swap on %s: %w", path, errdefs.ErrAlreadyExists)
 	}
 	return &os.PathError{Op: "swapon", Path: path, Err: errno}

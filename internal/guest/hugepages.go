@@ -87,9 +87,7 @@ func (s *storages) allocate(ctx context.Context, p hugePages) error {
 
 // free takes them back. Pages in use stay until they are not.
 func (s *storages) free(p hugePages) error {
-	if err := s.hugePages.acquire(context.Background()); err != nil { //nolint:forbidigo // it is never held for long
-		return err
-	}
+	s.hugePages <- struct{}{} // it is never held for long
 	defer s.hugePages.release()
 	_, err := s.setPages(p, func(n uint64) uint64 { return n - min(n, p.count) })
 	return err

@@ -5,36 +5,26 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
-// defaultHotplugTimeout is the protocol's own.
-const defaultHotplugTimeout = 3 * time.Second
-
 // A network is the sandbox': a pinned namespace that all containers join. Hosts
 // configure it before they create the sandbox, so the first call that needs it
 // makes it. Cards appear outside, where the agent is, and are moved inside.
 type network struct {
-	timeout time.Duration // bounds the wait for a card that was just plugged
-	outside *namespace    // nil: the agent's own
-	sysBus  string        // /sys/bus
-	change  lock          // held by calls that change something
+	devices *devices
+	outside *namespace // nil: the agent's own
+	change  lock       // held by calls that change something
 
 	mu     sync.Mutex
 	inside *namespace // guarded by mu
 	closed bool       // guarded by mu
 }
 
-func newNetwork(timeout time.Duration) *network {
-	if timeout == 0 {
-		timeout = defaultHotplugTimeout
-	}
-	return &network{timeout: timeout, sysBus: "/sys/bus", change: newLock()}
-}
+func newNetwork(d *devices) *network { return &network{devices: d, change: newLock()} }
 
 // pin returns the namespace.
 func (n *network) pin() (*namespace, error) {

@@ -188,12 +188,12 @@ func TestUpdateInterfaceWaits(t *testing.T) {
 	plugging.Wait()
 	n.names("eth0 "+mac1, "eth1 "+mac2)
 
-	n.sandbox.network.timeout = 20 * time.Millisecond
+	n.sandbox.devices.timeout = 20 * time.Millisecond
 	_, err := n.UpdateInterface(t.Context(), &protocol.UpdateInterfaceRequest{Interface: &types.Interface{Name: "eth7", HwAddr: "02:00:00:00:00:07"}})
 	if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "eth1 "+mac2) {
 		t.Errorf("a card that is not there: %v", err)
 	}
-	n.sandbox.network.timeout = time.Minute
+	n.sandbox.devices.timeout = time.Minute
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	if _, err := n.UpdateInterface(ctx, &protocol.UpdateInterfaceRequest{Interface: &types.Interface{DevicePath: "02/05"}}); !errors.Is(err, ctx.Err()) || ctx.Err() == nil {

@@ -3,8 +3,6 @@ package guest
 import (
 	"net"
 	"net/netip"
-	"path"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -24,7 +22,7 @@ const (
 
 // An iface is what UpdateInterface wants.
 type iface struct {
-	pci   []string // "02.0", "05.0": bridge and card; nil: found by the others
+	pci   pciPath // nil: found by the others
 	mac   net.HardwareAddr
 	name  string
 	mtu   int // 0 stays as it is
@@ -49,7 +47,7 @@ func parseInterface(in *types.Interface) (*iface, error) {
 		}
 	}
 	if in.GetDevicePath() != "" {
-		if out.pci, err = parseCardPath(in.GetDevicePath()); err != nil {
+		if out.pci, err = parsePCIPath(in.GetDevicePath()); err != nil {
 			return nil, err
 		}
 	}
@@ -113,40 +111,6 @@ func parseAddress(in *types.IPAddress) (netip.Prefix, error) {
 		return netip.Prefix{}, invalid("mask %q of address %s", bound(in.GetMask(), 128), ip)
 	}
 	return netip.PrefixFrom(ip, int(bits)), nil
-}
-
-// cardSlot is how the protocol names a device on its bus: 05, or 05.1.
-var cardSlot = regexp.MustCompile(`^[0-9a-f]{2}(\.[0-7])?$`)
-
-// parseCardPath takes "02/05" apart: the slots of bridges and device, from the
-// root on.
-func parseCardPath(s string) ([]string, error) {
-	var slots []string
-	for part := range strings.SplitSeq(s, "/") {
-		if !cardSlot.MatchString(part) || len(slots) > 16 {
-			return nil, invalid("PCI path %q", bound(s, 128))
-		}
-		if len(part) == 2 {
-			part += ".0"
-		}
-		slots = append(slots, part)
-	}
-	return slots, nil
-}
-
-// cardAddress is a device's directory in sysfs: domain, bus, slot and function.
-var cardAddress = regexp.MustCompile(`^[0-9a-f]{4,}:[0-9a-f]{2}:([0-9a-f]{2}\.[0-7])$`)
-
-// atCardPath says whether a directory of sysfs is that of the PCI device, or of
-// something that it carries.
-func atCardPath(dir string, slots []string) bool {
-	var found []string
-	for part := range strings.SplitSeq(path.Clean(dir), "/") {
-		if m := cardAddress.FindStringSubmatch(part); m != nil {
-			found = append(found, m[1])
-		}
-	}
-	return len(found) == len(slots) && strings.Join(found, "/") == strings.Join(slots, "/")
 }
 
 // A neighbor is what AddARPNeighbors wants.

@@ -125,7 +125,7 @@ func (w *iface) String() string {
 		names = append(names, w.mac.String())
 	}
 	if w.pci != nil {
-		names = append(names, "at "+strings.Join(w.pci, "/"))
+		names = append(names, "at "+w.pci.String())
 	}
 	return strings.Join(names, " ")
 }
@@ -136,8 +136,9 @@ type candidate struct {
 	h *netlink.Handle
 }
 
-// pick chooses the link that is meant. dirOf finds a link's device in sysfs.
-func (w *iface) pick(all []candidate, dirOf func(*netlink.LinkAttrs) string) *candidate {
+// pick chooses the link that is meant. dirOf finds the device of a link in sysfs;
+// card is the directory of the one with the wanted path.
+func (w *iface) pick(all []candidate, card string, dirOf func(*netlink.LinkAttrs) string) *candidate {
 	first := func(is func(*netlink.LinkAttrs) bool) *candidate {
 		for i := range all {
 			if a := all[i].Attrs(); a.Flags&ifLoopback == 0 && is(a) {
@@ -147,7 +148,7 @@ func (w *iface) pick(all []candidate, dirOf func(*netlink.LinkAttrs) string) *ca
 		return nil
 	}
 	if w.pci != nil {
-		return first(func(a *netlink.LinkAttrs) bool { return atCardPath(dirOf(a), w.pci) })
+		return first(func(a *netlink.LinkAttrs) bool { return card != "" && strings.HasPrefix(dirOf(a)+"/", card+"/") })
 	}
 	if w.mac != nil {
 		if c := first(func(a *netlink.LinkAttrs) bool { return bytes.Equal(a.HardwareAddr, w.mac) }); c != nil {
@@ -163,7 +164,7 @@ func (n *network) deviceDir(a *netlink.LinkAttrs) string {
 	if a.ParentDev == "" {
 		return ""
 	}
-	dir, err := filepath.EvalSymlinks(filepath.Join(n.sysBus, a.ParentDevBus, "devices", a.ParentDev))
+	dir, err := filepath.EvalSymlinks(filepath.Join(n.devices.sys, "bus", a.ParentDevBus, "devices", a.ParentDev))
 	if err != nil {
 		return "" // just gone
 	}
@@ -172,7 +173,7 @@ func (n *network) deviceDir(a *netlink.LinkAttrs) string {
 
 // find returns the link, in either namespace, as soon as it is there.
 func (n *network) find(ctx context.Context, in, out *netlink.Handle, want *iface) (*candidate, error) {
-	wait, cancel := context.WithTimeout(ctx, n.timeout)
+	wait, cancel := context.WithTimeout(ctx, n.devices.timeout)
 	defer cancel()
 	events, stop, err := n.outside.linkEvents()
 	if err != nil {
@@ -190,7 +191,11 @@ func (n *network) find(ctx context.Context, in, out *netlink.Handle, want *iface
 				all = append(all, candidate{link, h})
 			}
 		}
-		if c := want.pick(all, n.deviceDir); c != nil {
+		card := ""
+		if want.pci != nil {
+			card, _ = n.devices.findPCI(want.pci) // it may come
+		}
+		if c := want.pick(all, card, n.deviceDir); c != nil {
 			return c, nil
 		}
 		select {
@@ -202,7 +207,7 @@ func (n *network) find(ctx context.Context, in, out *netlink.Handle, want *iface
 			if ctx.Err() != nil {
 				return nil, fmt.Errorf("wait for link: %w", ctx.Err())
 			}
-			return nil, notFound("no such link within %v; there are %s", n.timeout, namesOf(all))
+			return nil, notFound("no such link within %v; there are %s", n.devices.timeout, namesOf(all))
 		}
 	}
 }

@@ -57,8 +57,8 @@ func newSandbox(cfg Config, w *watcher, u *uevents) *sandbox {
 	d := newDevices(cfg.HotplugTimeout, u)
 	blocks, _ := filepath.Glob(filepath.Join(d.memory(), "memory[0-9]*")) // the pattern is right
 	return &sandbox{
-		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d), network: newNetwork(cfg.HotplugTimeout),
-		setup: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
+		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d),
+		network: newNetwork(d), setup: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
 		containers: map[string]*container{}, destroyed: make(chan struct{}),
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -169,11 +170,7 @@ func (c *mirror) apply(tree map[string]entry) error {
 	if c.have == nil {
 		c.have = map[string]entry{}
 	}
-	names := make([]string, 0, len(tree))
-	for name := range tree {
-		names = append(names, name)
-	}
-	slices.Sort(names) // parents first
+	names := slices.Sorted(maps.Keys(tree)) // parents first
 	for _, links := range []bool{false, true} {
 		for _, name := range names {
 			e := tree[name]

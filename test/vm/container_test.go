@@ -25,16 +25,19 @@ func sandbox(tb testing.TB) *machine {
 	return m
 }
 
-func (m *machine) createSandbox() {
+func (m *machine) createSandbox(change ...func(*protocol.CreateSandboxRequest)) {
 	m.tb.Helper()
-	_, err := m.agent.CreateSandbox(m.ctx(), &protocol.CreateSandboxRequest{
+	req := &protocol.CreateSandboxRequest{
 		Hostname: "pod", SandboxId: "sb",
 		Storages: []*protocol.Storage{
 			{Driver: "virtio-fs", Source: "kataShared", Fstype: "virtiofs", MountPoint: shareDir},
 			{Driver: "ephemeral", Source: "shm", Fstype: "tmpfs", MountPoint: "/run/kata-containers/sandbox/shm", Options: []string{"noexec", "nosuid", "nodev", "mode=1777", "size=67108864"}},
 		},
-	})
-	if err != nil {
+	}
+	for _, f := range change {
+		f(req)
+	}
+	if _, err := m.agent.CreateSandbox(m.ctx(), req); err != nil {
 		m.tb.Fatal(err)
 	}
 }

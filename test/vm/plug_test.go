@@ -70,6 +70,7 @@ func (m *machine) lookout() {
 	m.create("look", func(r *protocol.CreateContainerRequest) {
 		r.OCI.Mounts = append(r.OCI.Mounts,
 			&protocol.Mount{Destination: "/guest/sys", Source: "/sys", Type: "bind", Options: []string{"rbind"}},
+			&protocol.Mount{Destination: "/guest/proc", Source: "/proc", Type: "bind", Options: []string{"rbind"}},
 			&protocol.Mount{Destination: "/guest/dev", Source: "/dev", Type: "bind", Options: []string{"rbind"}},
 		)
 		r.OCI.Linux.Resources.Devices = []*protocol.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
