@@ -33,6 +33,8 @@ func proveReseedRNG(e *env) {
 	e.undo.Add(e.guestDo("umount " + tracing))
 	// drivers/char/random.c: mix_pool_bytes(buf, len) takes what is written to
 	// /dev/random, crng_reseed makes a new key of the pool.
+	e.t.Log(e.look("grep -E ' (_?mix_pool_bytes|crng_reseed|blake2s_update|extract_entropy|write_pool_user|_?credit_init_bits|random_ioctl|random_write_iter|crng_make_state)' /proc/kallsyms; true"))
+	defer func() { e.t.Log(e.guest.ask(e.ctx, "cat "+tracing+"/error_log")) }()
 	e.look("cd " + tracing + ` && echo 'p:rows/mixed mix_pool_bytes first=+0($arg1):x8[8] len=$arg2:u64' > kprobe_events && echo 'p:rows/reseeded crng_reseed' >> kprobe_events && echo 1 > events/rows/enable`)
 	e.undo.Add(e.guestDo("cd " + tracing + " && echo 0 > events/rows/enable && echo > kprobe_events && echo > trace"))
 	seed := []byte("\x11\x22\x33\x44\x55\x66\x77\x88" + fmt.Sprint(time.Now().UnixNano()))

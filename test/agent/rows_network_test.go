@@ -139,8 +139,8 @@ func proveListInterfaces(e *env) {
 
 // routes are what the guest's netlink has, as "DEST via GATEWAY dev DEVICE".
 func routes(e *env) []string {
-	list := strings.Split(e.look(`{ ip -4 route show; ip -6 route show; } | awk '{d=$1; g=""; v=""; for(i=2;i<NF;i++){if($i=="via")g=" via " $(i+1); if($i=="dev")v=$(i+1)}; print d g " dev " v}' | sort`), "\n")
-	return slices.DeleteFunc(list, func(s string) bool { return strings.HasPrefix(s, "unreachable") || s == "" })
+	// Those with a type, such as multicast, are of another table.
+	return strings.Split(e.look(`{ ip -4 route show; ip -6 route show; } | awk '$1 ~ /^[a-z]+$/ && $1 != "default" {next} {d=$1; g=""; v=""; for(i=2;i<NF;i++){if($i=="via")g=" via " $(i+1); if($i=="dev")v=$(i+1)}; print d g " dev " v}' | sort`), "\n")
 }
 
 func proveUpdateRoutes(e *env) {

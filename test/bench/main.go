@@ -31,7 +31,7 @@ func run() int {
 	var (
 		jsonPath = flag.String("json", "", "write the results to this `file`")
 		runs     = flag.Int("runs", 5, "`times` that each thing is measured; the median counts")
-		cycles   = flag.Int("cycles", 200, "`times` that a container is created, started, killed and deleted")
+		cycles   = flag.Int("cycles", 200, "`times` that a container is created, started, killed and deleted; execs are five times as many")
 		only     = flag.String("only", "", "comma-separated `parts` to measure: start, exec, stdio, memory, execs, cycles")
 	)
 	flag.Parse()
@@ -91,7 +91,7 @@ func bench(ctx context.Context, runs, cycles int, only string) (_ *results, err 
 		{"exec", r.exec},
 		{"stdio", r.stdio},
 		{"memory", r.memory},
-		{"execs", func(ctx context.Context, res *results) error { return r.execs(ctx, res, max(cycles, 20)) }},
+		{"execs", func(ctx context.Context, res *results) error { return r.execs(ctx, res, 5*max(cycles, 4)) }},
 		{"cycles", func(ctx context.Context, res *results) error { return r.cycle(ctx, res, cycles) }},
 	} {
 		if only != "" && !slices.Contains(strings.Split(only, ","), part.name) {

@@ -51,7 +51,17 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 		res.add(part)
 	}
 	used, err := c.guestMemory(ctx)
+	if err != nil {
+		return err
+	}
 	res.add(result{Name: "memory that the guest uses itself", Value: used, Unit: "MiB"})
+	a, err := c.connect()
+	if err != nil {
+		return err
+	}
+	defer a.Disconnect() //nolint:errcheck // nothing is under way
+	_, used, err = agentUse(ctx, a)
+	res.add(result{Name: "memory (RSS) of the agent in the guest", Value: used, Unit: "MiB", AtMost: 16})
 	return err
 }
 

@@ -67,7 +67,7 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 		res.add(result{Name: base, Value: rate(d.raw), Unit: "MiB/s"})
 		res.add(result{Name: "stdio, 20 MiB " + d.name, Value: rate(d.stdio), Unit: "MiB/s", Against: base, AtLeast: 0.5})
 	}
-	return nil
+	return r.ways(ctx, res, c)
 }
 
 func rate(times []time.Duration) float64 { return volume / (1 << 20) / (median(times) / 1000) }

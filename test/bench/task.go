@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	task "github.com/containerd/containerd/api/runtime/task/v2"
@@ -27,7 +28,7 @@ type container struct {
 	r      *rig
 	client *ttrpc.Client
 	task.TTRPCTaskService
-	execs int
+	execs atomic.Int64
 }
 
 func (r *rig) launch(ctx context.Context, runtime string, flags ...string) (*container, error) {
@@ -79,8 +80,7 @@ type process struct {
 
 // exec starts a process.
 func (c *container) exec(ctx context.Context, args ...string) (_ *process, err error) {
-	c.execs++
-	p := &process{c: c, id: fmt.Sprintf("e%d", c.execs)}
+	p := &process{c: c, id: fmt.Sprintf("e%d", c.execs.Add(1))}
 	if p.dir, err = os.MkdirTemp(c.r.local.Dir, "io"); err != nil {
 		return nil, err
 	}

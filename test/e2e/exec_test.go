@@ -57,9 +57,9 @@ func TestE2EExecEndsWithContainer(tt *testing.T) {
 		ended := make(chan result, 1)
 		go func() {
 			defer close(ended) // try may give up
-			ended <- t.try("", "task", "exec", "--exec-id", "long", id, "sleep", "1000")
+			ended <- t.try("", "task", "exec", "--exec-id", "long", id, "sleep", "2000")
 		}()
-		t.eventually("the process runs", func() bool { return strings.Contains(t.exec(id, "ps"), "sleep 1000") })
+		t.eventually("the process runs", func() bool { return strings.Contains(t.exec(id, "ps"), "sleep 2000") })
 		t.ctr("task", "kill", "-s", "SIGKILL", id)
 		t.equal("exit code of the exec", (<-ended).code, 137)
 	})

@@ -94,10 +94,17 @@ func TestQEMUAcceptsPlug(t *testing.T) {
 	defer vm.Kill() //nolint:errcheck // when the checks below have failed
 	ctx := within(t)
 	disk := image(t)
-	ro := hypervisor.Disk{ID: "ro", Path: disk.Path, ReadOnly: true}
+	scsi := hypervisor.Disk{ID: "scsi", Path: disk.Path, ReadOnly: true}
+	var devices hypervisor.Spec
+	withBlockDevice(t)(&devices)
+	for _, d := range devices.Disks {
+		if _, err := vm.PlugDisk(ctx, d); err != nil {
+			t.Errorf("block device: %v", err)
+		}
+	}
 	for what, plug := range map[string]func() error{
 		"disk":      func() error { _, err := vm.PlugDisk(ctx, disk); return err },
-		"read-only": func() error { _, err := vm.PlugSCSIDisk(ctx, ro); return err },
+		"read-only": func() error { _, err := vm.PlugSCSIDisk(ctx, scsi); return err },
 		"pci": func() error {
 			_, err := vm.PlugPCI(ctx, hypervisor.PCIDevice{ID: "x", Driver: "pci-testdev"})
 			return err
@@ -125,7 +132,7 @@ func TestQEMUAcceptsPlug(t *testing.T) {
 	if _, err := vm.PlugPCI(ctx, hypervisor.PCIDevice{ID: "y", Driver: "nosuch"}); err == nil {
 		t.Error("qemu has a driver nosuch")
 	}
-	if err := vm.UnplugDisk(ctx, "ro"); err != nil { // for which the guest is only told
+	if err := vm.UnplugDisk(ctx, "scsi"); err != nil { // for which the guest is only told
 		t.Error(err)
 	}
 }

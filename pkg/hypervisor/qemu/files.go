@@ -51,7 +51,7 @@ func openDisk(disk hypervisor.Disk) (f *os.File, block bool, err error) {
 	if disk.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	f, err = os.OpenFile(disk.Path, flags, 0)
+	f, err = os.OpenFile(disk.Path, flags|unix.O_NONBLOCK, 0) // or a named pipe would wait for a writer
 	if err != nil {
 		return nil, false, classed(err)
 	}

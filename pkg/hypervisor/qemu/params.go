@@ -43,9 +43,10 @@ func kernelParams(spec hypervisor.Spec, accelerator, ready string) []string {
 		)
 	}
 	if hotplugMiB(spec) > 0 {
-		// Up to three times of what it has, memory that comes is for what can be
-		// moved only, and can go again.
-		p = append(p, "memory_hotplug.online_policy=auto-movable")
+		// Memory that comes is used at once (Debian's 6.12 does that anyway, its 6.1
+		// does not); up to three times of what there is, for what can be moved only,
+		// so that it can go again.
+		p = append(p, "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
 	}
 	if ready != "" {
 		p = append(p, readyParam+ready)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp"
@@ -119,6 +120,12 @@ func TestPlugDisk(t *testing.T) {
 	wantError(t, err, errdefs.ErrNotFound, "plug disk b: open /no/disk")
 	_, err = vm.PlugDisk(within(t), hypervisor.Disk{ID: "B"})
 	wantError(t, err, errdefs.ErrInvalidArgument, "not absolute")
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = vm.PlugDisk(within(t), hypervisor.Disk{ID: "b", Path: pipe, ReadOnly: true})
+	wantError(t, err, errdefs.ErrInvalidArgument, "neither a file nor a block device")
 	if err := vm.UnplugDisk(within(t), "a"); err != nil {
 		t.Error(err)
 	}

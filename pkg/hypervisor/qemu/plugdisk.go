@@ -54,11 +54,6 @@ func (vm *VM) plugDisk(ctx context.Context, disk hypervisor.Disk, kind hyperviso
 			err = fmt.Errorf("plug disk %s: %w", disk.ID, err)
 		}
 	}()
-	ctx, end, err := vm.begin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer end()
 	if err := disk.Validate(); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -70,6 +65,11 @@ func (vm *VM) plugDisk(ctx context.Context, disk hypervisor.Disk, kind hyperviso
 		return nil, err
 	}
 	defer file.Close()
+	ctx, end, err := vm.begin(ctx) // not before: a kill waits for no file system
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	bus, from := bridge, busSlots
 	if kind == hypervisor.KindSCSIDisk {
 		from = scsiTargets
@@ -157,11 +157,6 @@ func (vm *VM) GrowDisk(ctx context.Context, id string) (size int64, err error) {
 			err = fmt.Errorf("grow disk %s: %w", id, err)
 		}
 	}()
-	ctx, end, err := vm.begin(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer end()
 	var path, node string
 	if i := vm.bootDisk(id); i >= 0 {
 		path, node = vm.spec.Disks[i].Path, bootNode(i)
@@ -176,6 +171,11 @@ func (vm *VM) GrowDisk(ctx context.Context, id string) (size int64, err error) {
 	if size, err = sizeOf(path); err != nil {
 		return 0, err
 	}
+	ctx, end, err := vm.begin(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer end()
 	was, err := vm.nodeSize(ctx, node)
 	switch {
 	case err != nil:
@@ -188,9 +188,9 @@ func (vm *VM) GrowDisk(ctx context.Context, id string) (size int64, err error) {
 
 // sizeOf is the size of a file or of a block device.
 func sizeOf(path string) (int64, error) {
-	f, err := os.Open(path)
+	f, _, err := openDisk(hypervisor.Disk{Path: path, ReadOnly: true})
 	if err != nil {
-		return 0, classed(err)
+		return 0, err
 	}
 	defer f.Close()
 	return f.Seek(0, io.SeekEnd)

@@ -4,6 +4,7 @@
 //   - Start runs the helpers that the machine needs, then QEMU, and returns
 //     when QEMU answers on QMP; the guest is booting then.
 //   - Ready, Dial, Console are the way into the guest.
+//   - Plug…, Unplug…, Grow… and Resize… change the running machine.
 //   - A machine ends by itself, by Shutdown or by Kill. The first of its
 //     processes to end takes the others down; when all of them are reaped and
 //     everything is removed, Done is closed and Err says why.

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/vmshim/vmshim/pkg/agent"
+	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/vsock"
+)
+
+// connect makes a client of the container's agent beside the shim's: for what
+// the shim does not pass on.
+func (c *container) connect() (*agent.Client, error) {
+	st, err := c.r.state(c.id)
+	if err != nil {
+		return nil, err
+	}
+	dial, _, err := vsock.Parse(st.Agent)
+	if err != nil {
+		return nil, err
+	}
+	return agent.New(agent.Settings{Dial: dial, URL: st.Agent}), nil
+}
+
+// agentUse is how many files the agent has open, and its resident memory.
+func agentUse(ctx context.Context, a agent.Guest) (files int, mib float64, err error) {
+	text, err := a.Metrics(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
+	values := map[string]float64{}
+	for line := range strings.Lines(text) {
+		var name string
+		var value float64
+		if n, _ := fmt.Sscan(line, &name, &value); n == 2 {
+			values[name] = value
+		}
+	}
+	rss, fds := values["kata_agent_total_rss"], values["kata_agent_process_open_fds"]
+	if rss == 0 || fds == 0 {
+		return 0, 0, fmt.Errorf("the agent's metrics have not its memory and files in them:\n%s", text)
+	}
+	return int(fds), rss / (1 << 20), nil
+}
+
+// ways are the two that output comes by: our extension's, and plain calls.
+func (r *rig) ways(ctx context.Context, res *results, c *container) error {
+	a, err := c.connect()
+	if err != nil {
+		return err
+	}
+	defer a.Disconnect() //nolint:errcheck // nothing is under way
+	times := map[string][]time.Duration{}
+	for i := range r.runs {
+		for way, open := range map[string]func(id string) (io.Reader, error){
+			"stream": func(id string) (io.Reader, error) {
+				s, err := a.Streams(ctx, c.id, id, agent.StreamSet{Stdout: true})
+				if err != nil {
+					return nil, err
+				}
+				return s.Stdout, nil
+			},
+			"call": func(id string) (io.Reader, error) { return plainOutput{ctx, a, c.id, id}, nil },
+		} {
+			t, err := carry(ctx, a, c.id, fmt.Sprintf("%s-%d", way, i), open)
+			if err != nil {
+				return fmt.Errorf("output by %s: %w", way, err)
+			}
+			times[way] = append(times[way], t)
+		}
+	}
+	const base = "ReadStdout calls, 20 MiB guest to host"
+	res.add(result{Name: base, Value: rate(times["call"]), Unit: "MiB/s"})
+	res.add(result{Name: "the extension's stream, 20 MiB guest to host", Value: rate(times["stream"]), Unit: "MiB/s", Against: base, AtLeast: 5})
+	return nil
+}
+
+// carry is the time from a process' first byte to its last.
+func carry(ctx context.Context, a agent.Processes, containerID, execID string, open func(string) (io.Reader, error)) (_ time.Duration, err error) {
+	err = a.Exec(ctx, &protocol.ExecProcessRequest{
+		ContainerId: containerID, ExecId: execID,
+		Process: &protocol.Process{Args: []string{"/bench", guestCommand, actSource}, Cwd: "/", User: &protocol.User{}},
+	})
+	if err != nil {
+		return 0, err
+	}
+	r, err := open(execID)
+	if err != nil {
+		return 0, err
+	}
+	if err := drain(r, 1); err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	if err := drain(r, volume-1); err != nil {
+		return 0, err
+	}
+	took := time.Since(began)
+	if n, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("%d bytes and %w where the output ends", n, err)
+	}
+	if c, ok := r.(io.Closer); ok {
+		err = c.Close()
+	}
+	_, werr := a.WaitProcess(ctx, containerID, execID)
+	a.ForgetProcess(containerID, execID)
+	return took, errors.Join(err, werr)
+}
+
+// plainOutput reads stdout by plain calls.
+type plainOutput struct {
+	ctx                 context.Context //nolint:containedctx // io.Reader has none
+	a                   agent.Processes
+	containerID, execID string
+}
+
+func (o plainOutput) Read(p []byte) (int, error) {
+	return o.a.ReadProcessStdout(o.ctx, o.containerID, o.execID, p)
+}
