@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"time"
 
@@ -105,7 +106,7 @@ func (vm *VM) bring(ctx context.Context, p *plug) error {
 func (vm *VM) takeBack(ctx context.Context, p *plug) error {
 	for ; p.done > 0; p.done-- {
 		err := p.steps[p.done-1].undo(ctx)
-		if err != nil && !(p.unsure && refused(err)) {
+		if err != nil && (!p.unsure || !refused(err)) {
 			p.unsure = !refused(err)
 			return err
 		}
@@ -138,9 +139,7 @@ type properties map[string]any
 // device is the step that the guest sees.
 func (vm *VM) device(p *plug, driver string, more properties) step {
 	args := properties{"driver": driver, "id": p.name()}
-	for k, v := range more {
-		args[k] = v
-	}
+	maps.Copy(args, more)
 	return step{
 		do: func(ctx context.Context) error { return vm.qmp.Execute(ctx, "device_add", args, nil) },
 		undo: func(ctx context.Context) error {
@@ -152,9 +151,7 @@ func (vm *VM) device(p *plug, driver string, more properties) step {
 // pciDevice is a device on the hotplug bus.
 func (vm *VM) pciDevice(p *plug, driver string, more properties) step {
 	args := properties{"bus": bridge, "addr": fmt.Sprintf("%#x", p.Slot)}
-	for k, v := range more {
-		args[k] = v
-	}
+	maps.Copy(args, more)
 	return vm.device(p, driver, args)
 }
 

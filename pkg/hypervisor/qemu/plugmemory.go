@@ -111,7 +111,7 @@ func (vm *VM) memory(ctx context.Context) (hypervisor.Memory, error) {
 }
 
 // QEMU sends an event on the size of memory at most once a second: after the
-// first one, how far a guest got is looked at at growing intervals.
+// first one, growing intervals pass between looks at how far a guest got.
 const (
 	lookFirst = 10 * time.Millisecond
 	lookLast  = time.Second
