@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"maps"
 	"path/filepath"
 	"slices"
 
@@ -140,9 +141,7 @@ func applyDevices(spec *specs.Spec, changes []deviceChange) error {
 	renumbered := map[deviceNumber]node{}
 	addresses := map[string]string{}
 	for _, c := range changes {
-		for host, guest := range c.addresses {
-			addresses[host] = guest
-		}
+		maps.Copy(addresses, c.addresses)
 		if c.containerPath == "" {
 			continue
 		}

@@ -96,7 +96,8 @@ func (d *devices) scsiDisk(ctx context.Context, a scsiAddress) (node, error) {
 				continue
 			}
 			scanned[scan] = true
-			if err := os.WriteFile(scan, []byte("- - -"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			// Only there: 255 other targets take an emulated guest minutes.
+			if err := setFile(scan, fmt.Sprintf("0 %d %d", a.id, a.lun)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return node{}, fmt.Errorf("scan SCSI host: %w", err)
 			}
 		}
@@ -264,7 +265,7 @@ func (d *devices) bindVFIO(ctx context.Context, dir string) (n node, undo func()
 func (d *devices) rebind(dir, driver string) error {
 	address := filepath.Base(dir)
 	write := func(path, value string) error {
-		err := os.WriteFile(path, []byte(value), 0)
+		err := setFile(path, value)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // no driver has it, or the device is gone
 		}
@@ -281,6 +282,17 @@ func (d *devices) rebind(dir, driver string) error {
 		return fmt.Errorf("give device %s to driver %q: %w", address, driver, err)
 	}
 	return nil
+}
+
+// setFile writes to a file of the kernel's. One that is not there is not made,
+// which the kernel would refuse in other words.
+func setFile(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
 }
 
 // loadDriver loads a module, if the kernel is one that has modules.

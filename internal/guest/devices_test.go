@@ -123,7 +123,7 @@ func TestFindDevices(t *testing.T) {
 	if _, err := d.scsiDisk(t.Context(), scsiAddress{3, 0}); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "SCSI disk 3:0") {
 		t.Errorf("got %v", err)
 	}
-	if scan, err := os.ReadFile(d.sys + "/class/scsi_host/host2/scan"); err != nil || string(scan) != "- - -" {
+	if scan, err := os.ReadFile(d.sys + "/class/scsi_host/host2/scan"); err != nil || string(scan) != "0 3 0" {
 		t.Errorf("host scanned by %q, %v", scan, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

@@ -61,7 +61,7 @@ func (d *devices) onlineCPUs(ctx context.Context, n int) error {
 			if state, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(state)) != "0" {
 				continue // online, or gone
 			}
-			if err := os.WriteFile(file, []byte("1"), 0); err != nil {
+			if err := setFile(file, "1"); err != nil {
 				return false, err
 			}
 			done++
@@ -110,9 +110,9 @@ func (d *devices) onlineBlocks() (count int, changed bool, err error) {
 				continue
 			}
 			// Movable, or it could hardly be unplugged again. Not all memory can be that.
-			err := os.WriteFile(file, []byte("online_movable"), 0)
+			err := setFile(file, "online_movable")
 			if errors.Is(err, unix.EINVAL) {
-				err = os.WriteFile(file, []byte("online"), 0)
+				err = setFile(file, "online")
 			}
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return 0, false, err
@@ -167,9 +167,9 @@ func (c *container) widen() error {
 func (s *service) MemHotplugByProbe(_ context.Context, req *protocol.MemHotplugByProbeRequest) (*emptypb.Empty, error) {
 	probe := filepath.Join(s.sandbox.devices.memory(), "probe")
 	for _, address := range req.GetMemHotplugProbeAddr() {
-		err := os.WriteFile(probe, fmt.Appendf(nil, "%#x", address), 0)
+		err := setFile(probe, fmt.Sprintf("%#x", address))
 		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+		case errors.Is(err, fs.ErrNotExist):
 			return nil, precondition("the guest's kernel does not probe for memory")
 		case errors.Is(err, unix.EEXIST): // the call is repeated
 		case errors.Is(err, unix.EINVAL):

@@ -25,8 +25,16 @@ func TestParseHugePages(t *testing.T) {
 		}
 	}
 	for _, bad := range [][]string{
-		nil, {"pagesize=2M"}, {"size=2M"}, {"pagesize=0,size=1"}, {"pagesize=2M,size=0"}, {"pagesize=-1,size=1"},
-		{"pagesize=,size=1"}, {"pagesize=2T,size=1"}, {"pagesize=99999999999G,size=1"}, {"pagesize=i,size=1"},
+		nil,
+		{"pagesize=2M"},
+		{"size=2M"},
+		{"pagesize=0,size=1"},
+		{"pagesize=2M,size=0"},
+		{"pagesize=-1,size=1"},
+		{"pagesize=,size=1"},
+		{"pagesize=2T,size=1"},
+		{"pagesize=99999999999G,size=1"},
+		{"pagesize=i,size=1"},
 	} {
 		if p, err := parseHugePages(bad); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%q: %+v, %v", bad, p, err)

@@ -78,7 +78,7 @@ func (d *devices) grow(ctx context.Context, path string, size uint64) error {
 // grown waits until a disk has a size, and returns the one it has.
 func (d *devices) grown(ctx context.Context, disk string, want uint64) (bytes uint64, err error) {
 	// Only SCSI disks have to be told to look.
-	err = os.WriteFile(filepath.Join(disk, "device/rescan"), []byte("1"), 0)
+	err = setFile(filepath.Join(disk, "device/rescan"), "1")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
 	}

@@ -121,7 +121,11 @@ func TestUpdateEphemeralMounts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer release()
+	defer func() {
+		if err := release(); err != nil {
+			t.Error(err)
+		}
+	}()
 	if err := os.WriteFile(at+"/f", make([]byte, 1<<19), 0o600); err != nil {
 		t.Fatal(err)
 	}

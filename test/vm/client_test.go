@@ -122,8 +122,14 @@ func install(t *testing.T, from, to string) {
 // buildRawstream builds the program that the containers have.
 func buildRawstream(t *testing.T) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "rawstream")
-	cmd := exec.Command("go", "build", "-o", path, "./rawstream")
+	return buildProgram(t, "rawstream")
+}
+
+// buildProgram builds a program for containers of the directory of that name.
+func buildProgram(t *testing.T, name string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	cmd := exec.Command("go", "build", "-o", path, "./"+name)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
