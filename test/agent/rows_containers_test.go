@@ -39,7 +39,7 @@ func proveCreateContainer(e *env) {
 		r.Storages = []*protocol.Storage{scratch(r.ContainerId)}
 	}, "/bin/sh", "-c", "echo ran > /ran; sleep 1000")
 	e.sees("test -d "+groupDir+"/"+id+" && echo there", "there")
-	e.equal("mounted storage", e.look("grep ' "+scratch(id).MountPoint+" ' /proc/mounts | cut -d' ' -f4"), "rw,noexec,relatime,size=1024k,inode64")
+	e.equal("mounted storage", e.look("grep ' "+scratch(id).MountPoint+" ' /proc/mounts | cut -d' ' -f4 | sed s/,inode64//"), "rw,noexec,relatime,size=1024k")
 	e.equal("processes", len(e.pids(id)), 1)
 	e.equal("command lines", e.look(hasCommand(id, "/bin/sh.*")+"; test -e "+rooted(id, "ran")+" || echo waits"), "0\nwaits")
 	e.ok(e.StartContainer(e.ctx, id))
@@ -94,7 +94,7 @@ func proveStatsContainer(e *env) {
 	e.look("ping -c 1 -W 1 203.0.113.2 >/dev/null; true")
 
 	group := groupDir + "/" + id
-	script := `cd ` + group + `; awk '$1=="usage_usec"{print $2}' cpu.stat; cat memory.max pids.current pids.max; awk '/^` + numbers[0] + `:` + numbers[1] + ` /{sub("rbytes=","",$2);print $2}' io.stat; ls | grep -c 'hugetlb.*\.current'; awk '$1=="rowstats:"{print $10, $11}' /proc/net/dev`
+	script := `cd ` + group + `; awk '$1=="usage_usec"{print $2}' cpu.stat; cat memory.max pids.current pids.max; awk '/^` + numbers[0] + `:` + numbers[1] + ` /{sub("rbytes=","",$2);print $2}' io.stat; ls | grep -c '^hugetlb\.[^.]*\.current$'; awk '$1=="rowstats:"{print $10, $11}' /proc/net/dev`
 	figures := func() (f []uint64) {
 		for _, s := range strings.Fields(e.look(script)) {
 			n, err := strconv.ParseUint(s, 10, 64)

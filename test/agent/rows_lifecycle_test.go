@@ -238,7 +238,7 @@ func proveStartSandbox(e *env) {
 	e.equal("resolv.conf", e.look("cat /etc/resolv.conf"), "nameserver 192.0.2.53\nsearch example.test")
 	e.equal("hostname", e.look("hostname"), "pod")
 	e.equal("module", e.look("grep -c '^dummy ' /proc/modules"), "1")
-	e.equal("shm", e.look("grep ' "+sandboxDir+"/shm ' /proc/mounts"), "shm "+sandboxDir+"/shm tmpfs rw,nosuid,nodev,noexec,relatime,size=1024k 0 0")
+	e.equal("shm", e.look("grep ' "+sandboxDir+"/shm ' /proc/mounts | sed s/,inode64//"), "shm "+sandboxDir+"/shm tmpfs rw,nosuid,nodev,noexec,relatime,size=1024k 0 0")
 	e.equal("share", e.look("grep -c '^kataShared "+shareDir+" virtiofs ' /proc/mounts"), "1")
 	e.equal("address", e.look("ip -o -4 addr show dev eth0 | awk '{print $4}'"), "192.0.2.5/24")
 	e.equal("route", e.look("ip route show to 198.51.100.0/24"), "198.51.100.0/24 via 192.0.2.1 dev eth0")
@@ -248,10 +248,9 @@ func proveStartSandbox(e *env) {
 func proveStopSandbox(e *env) {
 	e.boot(bootGuest)
 	e.ok(e.guest.client.StartSandbox(e.ctx, agent.Sandbox{Request: plainSandbox()}))
-	id := e.run("/bin/sleep", "1000")
+	e.run("/bin/sleep", "1000")
 	e.ok(e.StopSandbox(e.ctx))
 	soon(e, "the guest powers off", e.guest.Done())
-	_ = id
 }
 
 func proveConfigure(e *env) {
@@ -270,14 +269,16 @@ func proveConfigureFromRPC(e *env) {
 	e.ok(c.Check(e.ctx))
 	e.equal("connections in the guest", e.sockets(), sockets)
 	resume := e.stop()
-	began := time.Now()
-	err := c.Check(context.WithoutCancel(e.ctx))
-	took := time.Since(began)
-	resume()
-	e.is("call beyond the new bound", err, context.DeadlineExceeded)
-	if took > 2*time.Second {
-		e.fail("the call took %v, the new bound is 200 ms", took)
+	ended := make(chan error, 1)
+	ctx := context.WithoutCancel(e.ctx) // without a deadline it gets the settings'
+	go func() { ended <- c.Check(ctx) }()
+	select {
+	case err := <-ended:
+		e.is("call beyond the new bound", err, context.DeadlineExceeded)
+	case <-time.After(2 * time.Second):
+		e.fail("a call goes on, the new bound is 200 ms")
 	}
+	resume()
 	// And one that knows nothing yet.
 	c, _ = e.client(agent.Settings{})
 	e.ok(c.ConfigureFromRPC(e.ctx, e.settings()))
@@ -323,13 +324,13 @@ func everyCall(e *env, c agent.Agent) map[string]error {
 		args := []reflect.Value{reflect.ValueOf(ctx)}
 		for i := 1; i < m.Type.NumIn(); i++ {
 			arg := reflect.New(m.Type.In(i)).Elem()
-			if arg.Kind() == reflect.Pointer {
+			switch arg.Kind() {
+			case reflect.Pointer:
 				arg.Set(reflect.New(arg.Type().Elem()))
+			case reflect.Slice: // of no bytes there is nothing to read or write
+				arg.Set(reflect.MakeSlice(arg.Type(), 1, 1))
 			}
 			args = append(args, arg)
-		}
-		if m.Name == "WriteProcessStdin" {
-			args[3] = reflect.ValueOf([]byte("x"))
 		}
 		results := v.MethodByName(m.Name).Call(args)
 		err, _ := results[len(results)-1].Interface().(error)

@@ -47,10 +47,23 @@ func bootGuest(t *testing.T, change ...func(*hypervisor.Spec)) *guest {
 	t.Helper()
 	m := vmtest.Boot(t, append([]func(*hypervisor.Spec){func(s *hypervisor.Spec) {
 		s.MaxVCPUs, s.MemoryMiB, s.MaxMemoryMiB = 3, guestMiB, 4*guestMiB
+		shared(t, s.Shares[0].Dir)
 	}}, change...)...)
 	g := &guest{Machine: m, cpus: 1, client: agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(extension.AgentPort)})}
 	t.Cleanup(func() { g.client.MarkDead(errors.New("test is over")) })
 	return g
+}
+
+// shared makes a directory a mount that virtiofsd sees later mounts in.
+func shared(t *testing.T, dir string) {
+	t.Helper()
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // startGuest starts one with a plain sandbox and the observer.
@@ -167,13 +180,14 @@ func (g *guest) look(ctx context.Context, script string) (string, error) {
 	return strings.TrimSpace(o.Output), err
 }
 
-// state is what rows could leave in the guest.
+// state is what rows could leave in the guest. The directories that storages
+// are in stay.
 func (g *guest) state(t *testing.T) string {
 	t.Helper()
 	out, err := g.look(vmtest.Context(t), `
 		echo mounts; cut -d' ' -f5- `+g.agent+`/mountinfo
 		echo groups; ls `+groupDir+` | grep -v '\.'
-		echo files; find /run/kata-containers -xdev | sort
+		echo files; find /run/kata-containers -xdev ! -name ephemeral ! -name storage | sort
 		echo interfaces; ip -o link | sed 's/^[0-9]*: //; s/ .*//'
 		echo addresses; ip -o addr | grep -v ' lo  '
 		echo routes; ip route; ip neigh

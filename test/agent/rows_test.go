@@ -159,6 +159,9 @@ func prove(t *testing.T, g *guest, r row, within time.Duration, wrap func(agent.
 		case nil:
 		case failure:
 			err = p.error
+			if e.awaited != "" {
+				err = fmt.Errorf("never: %s: %w", e.awaited, err)
+			}
 		default:
 			panic(p)
 		}
@@ -174,6 +177,7 @@ type env struct {
 	ctx         context.Context
 	guest       *guest
 	wrap        func(agent.Agent) agent.Agent
+	awaited     string        // what until waits for
 	undo        cleanup.Stack // in the end, by agents that are not sabotaged
 }
 
@@ -206,13 +210,15 @@ func (e *env) equal(what string, got, want any) {
 
 // until waits for something to become true.
 func (e *env) until(what string, f func() bool) {
+	e.awaited = what
 	for !f() {
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-e.ctx.Done():
-			e.fail("never: %s", what)
+			e.ok(e.ctx.Err())
 		}
 	}
+	e.awaited = ""
 }
 
 // soon waits for a channel.
