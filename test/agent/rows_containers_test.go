@@ -30,10 +30,6 @@ func scratch(name string) *protocol.Storage {
 	}
 }
 
-func mounts(point string) string {
-	return "grep -c ' " + point + " ' /proc/self/mountinfo"
-}
-
 func proveCreateContainer(e *env) {
 	id := e.create(func(r *protocol.CreateContainerRequest) {
 		r.Storages = []*protocol.Storage{scratch(r.ContainerId)}
@@ -96,7 +92,7 @@ func proveStatsContainer(e *env) {
 	group := groupDir + "/" + id
 	script := `cd ` + group + `; awk '$1=="usage_usec"{print $2}' cpu.stat; cat memory.max pids.current pids.max; awk '/^` + numbers[0] + `:` + numbers[1] + ` /{sub("rbytes=","",$2);print $2}' io.stat; ls | grep -c '^hugetlb\.[^.]*\.current$'; awk '$1=="rowstats:"{print $10, $11}' /proc/net/dev`
 	figures := func() (f []uint64) {
-		for _, s := range strings.Fields(e.look(script)) {
+		for s := range strings.FieldsSeq(e.look(script)) {
 			n, err := strconv.ParseUint(s, 10, 64)
 			e.ok(err)
 			f = append(f, n)

@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +42,7 @@ func (e *env) plugNIC() nic {
 	}()
 	g, id := e.guest, fmt.Sprintf("n%d", nics)
 	n := nic{mac: fmt.Sprintf("02:00:00:00:01:%02x", nics)}
-	path, err := g.PlugNIC(e.ctx, hypervisor.NIC{ID: id, MAC: n.mac}, []*os.File(tap.Fds), nil)
+	path, err := g.PlugNIC(e.ctx, hypervisor.NIC{ID: id, MAC: n.mac}, tap.Fds, nil)
 	e.ok(err)
 	n.path = path
 	e.undo.Add(func() error {

@@ -21,7 +21,7 @@ var volumeRows = []row{
 	{51, "UpdateEphemeralMounts", "UpdateEphemeralMounts", "statfs in the guest: the tmpfs has its new size, and its files", proveUpdateEphemeralMounts, with[noUpdateEphemeralMounts]},
 }
 
-var disks int
+var disks int // numbers for names
 
 // image makes an image file and formats it.
 func (e *env) image(mibs int64, format ...string) hypervisor.Disk {
@@ -119,8 +119,11 @@ func proveResizeGuestVolume(e *env) {
 }
 
 func proveRemoveStaleShareMounts(e *env) {
-	// What the host mounts below the share the guest mounts when it sees it.
-	for _, name := range []string{"stale", "live"} {
+	// What the host mounts below the share the guest mounts when it sees it. It
+	// remembers names for a second, even of what was not there.
+	disks++
+	stale, live := fmt.Sprintf("stale%d", disks), fmt.Sprintf("live%d", disks)
+	for _, name := range []string{stale, live} {
 		dir := filepath.Join(e.guest.Share, name)
 		e.ok(os.Mkdir(dir, 0o755))
 		e.undo.Add(func() error { return os.Remove(dir) })
@@ -130,13 +133,12 @@ func proveRemoveStaleShareMounts(e *env) {
 		e.ok(os.WriteFile(filepath.Join(dir, "f"), nil, 0o644))
 		e.look("cat " + shareDir + "/" + name + "/f")
 	}
-	const mounted = `awk '$5 ~ "^` + shareDir + `/(stale|live)$"{print $5}' /proc/self/mountinfo`
-	e.equal("mounted at first", e.look(mounted), shareDir+"/stale\n"+shareDir+"/live")
-	e.ok(unix.Unmount(filepath.Join(e.guest.Share, "stale"), unix.MNT_DETACH))
-	// The guest believes for a second what the host said last.
+	const mounted = `awk '$5 ~ "^` + shareDir + `/(stale|live)"{print $5}' /proc/self/mountinfo`
+	e.equal("mounted at first", e.look(mounted), shareDir+"/"+stale+"\n"+shareDir+"/"+live)
+	e.ok(unix.Unmount(filepath.Join(e.guest.Share, stale), unix.MNT_DETACH))
 	e.until("the mount is gone", func() bool {
 		e.ok(e.RemoveStaleShareMounts(e.ctx))
-		return e.look(mounted) == shareDir+"/live"
+		return e.look(mounted) == shareDir+"/"+live
 	})
 }
 

@@ -24,12 +24,11 @@ import (
 )
 
 func main() {
-	if err := run(os.Args[1:]); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	fmt.Fprintln(os.Stderr, run(os.Args[1:]))
+	os.Exit(1)
 }
 
+// run returns when it can't go on.
 func run(args []string) error {
 	port, err := strconv.ParseUint(args[0], 10, 32)
 	if err != nil {
