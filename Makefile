@@ -94,7 +94,8 @@ test: all unit vm-test shim-test e2e ## everything that is promised, at most 40 
 
 .PHONY: vm-test
 vm-test: all ## tests of the parts in real machines
-	$(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
+	VMSHIM_ROWS=$(abspath $(OUT))/agent-rows.txt $(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
+	@cat $(OUT)/agent-rows.txt
 
 .PHONY: shim-test
 shim-test: all ## the built shim without containerd

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vmshim/vmshim/internal/guest"
+	guestagent "github.com/vmshim/vmshim/internal/guest"
 	"github.com/vmshim/vmshim/test/agent/plain"
 )
 
@@ -55,7 +55,7 @@ func TestWireAgent(t *testing.T) {
 	root, path := filepath.Join(dir, "root"), filepath.Join(dir, "a")
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() {
-		done <- guest.Serve(t.Context(), guest.Config{
+		done <- guestagent.Serve(t.Context(), guestagent.Config{
 			Addr: "unix://" + path, Root: root, Version: "1.2",
 			Ready: func(context.Context) error { close(ready); return nil },
 		})
