@@ -98,42 +98,32 @@ func (c *container) openInput(ctx context.Context, conn net.Conn, p *process) er
 	if !in.writer.tryAcquire() {
 		return fmt.Errorf("stdin of process %q: %w", p.id, errdefs.ErrAlreadyExists)
 	}
-	err := c.serve(conn, func() {
-		defer in.writer.release()
-		serveInput(ctx, conn, in)
-	})
-	if err != nil {
-		in.writer.release()
-	}
-	return err
+	return c.serve(conn, in.writer.release, func() { serveInput(ctx, conn, in) })
 }
 
 func (c *container) openOutput(ctx context.Context, conn net.Conn, p *process, out *output) error {
 	if out == nil { // stderr of a terminal: there is none, and so it ends
-		return c.serve(conn, func() { serveNothing(conn) })
+		return c.serve(conn, func() {}, func() { serveNothing(conn) })
 	}
 	if !out.reader.tryAcquire() {
 		return fmt.Errorf("output of process %q: %w", p.id, errdefs.ErrAlreadyExists)
 	}
 	out.claim()
-	err := c.serve(conn, func() {
+	return c.serve(conn, out.reader.release, func() {
 		if serveOutput(ctx, conn, out) {
 			out.delivered()
 		}
-		out.reader.release()
 		c.forget(p)
 	})
-	if err != nil {
-		out.reader.release()
-	}
-	return err
 }
 
-// serve answers and runs f, which owns the connection, in a goroutine of the container.
-func (c *container) serve(conn net.Conn, f func()) error {
+// serve answers and runs f, which owns the connection, in a goroutine of the
+// container. The stream is released in any case.
+func (c *container) serve(conn net.Conn, release, f func()) error {
 	c.mu.Lock()
 	if c.streams == nil {
 		c.mu.Unlock()
+		release()
 		return notFound("container %q", c.id)
 	}
 	c.streams[conn] = struct{}{}
@@ -142,6 +132,7 @@ func (c *container) serve(conn net.Conn, f func()) error {
 	go func() {
 		defer c.conns.Done()
 		defer c.detach(conn)
+		defer release()
 		if extension.WriteStreamAnswer(conn, extension.StreamOK, "") == nil && conn.SetDeadline(time.Time{}) == nil {
 			f()
 		}

@@ -236,6 +236,27 @@ func TestStdinOfAProcessThatDoesNotRead(t *testing.T) {
 	drained(c)
 }
 
+// A host that leaves before the answer takes no stream with it.
+func TestStreamOfAHostThatLeft(t *testing.T) {
+	s, c, _ := testContainer(t, "sleep", "100")
+	srv := &server{sandbox: s.sandbox}
+	for _, which := range []byte{extension.Stdin, extension.Stdout, extension.Stderr} {
+		host, agent := socketConns(t)
+		if err := extension.WriteStreamHeader(host, extension.StreamHeader{Stream: which, ContainerID: "c", ExecID: "c"}); err != nil {
+			t.Fatal(err)
+		}
+		host.Close()
+		srv.acceptStream(t.Context(), agent)
+		c.conns.Wait()
+		conn, status, msg := streamTo(t, s, which, "c")
+		if status != extension.StreamOK {
+			t.Errorf("stream %d: %v %s", which, status, msg)
+		}
+		conn.Close()
+		c.conns.Wait()
+	}
+}
+
 func TestCloseStreamsEndsEverything(t *testing.T) {
 	s, c, _ := testContainer(t, "sleep", "100")
 	for _, which := range []byte{extension.Stdin, extension.Stdout, extension.Stderr} {
