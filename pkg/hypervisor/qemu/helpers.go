@@ -133,7 +133,7 @@ func (vm *VM) startVhostDeviceVsock(ctx context.Context) (*os.File, error) {
 
 	c := command{role: roleVsock, path: vm.opts.Host.VhostDeviceVsock, user: vm.user, flags: isolation()}
 	at := fdPath(c.files.add(dir))
-	c.args = []string{"--guest-cid=3", fmt.Sprintf("--tx-buffer-size=%d", vsockBuffer), "--socket=" + filepath.Join(at, vsockControl), "--uds-path=" + filepath.Join(at, vsockStreams)}
+	c.args = []string{"--guest-cid=3", "--socket=" + filepath.Join(at, vsockControl), "--uds-path=" + filepath.Join(at, vsockStreams)}
 	if _, err := vm.start(c); err != nil {
 		return nil, err
 	}
@@ -144,11 +144,6 @@ func (vm *VM) startVhostDeviceVsock(ctx context.Context) (*os.File, error) {
 	}
 	return conn, os.Remove(control)
 }
-
-// vsockBuffer is how much of a connection vhost-device-vsock takes from the
-// guest before somebody reads it, as the kernel's vsock does
-// (VSOCK_DEFAULT_BUFFER_SIZE in net/vmw_vsock/af_vsock.c).
-const vsockBuffer = 256 << 10
 
 // A dirWatch tells of new names in a directory.
 type dirWatch struct{ *os.File }
