@@ -171,6 +171,14 @@ func (g *guest) ask(ctx context.Context, script string) (o observation, err erro
 	return o, nil
 }
 
+// answers says whether the guest can be reached at all.
+func (g *guest) answers() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	_, err := g.ask(ctx, "true")
+	return err == nil
+}
+
 // look is the output of a script that succeeds.
 func (g *guest) look(ctx context.Context, script string) (string, error) {
 	o, err := g.ask(ctx, script)
