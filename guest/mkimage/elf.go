@@ -30,23 +30,17 @@ func compactELF(b []byte) ([]byte, error) {
 		if p.Off > uint64(len(b)) || p.Filesz > uint64(len(b))-p.Off {
 			return nil, fmt.Errorf("segment %d ends beyond the file", i)
 		}
-		if elf.ProgType(p.Type) != elf.PT_LOAD {
+		data := b[p.Off : p.Off+p.Filesz]
+		switch elf.ProgType(p.Type) {
+		case elf.PT_LOAD:
+			data, p.Align = bytes.TrimRight(data, "\x00"), 1
+		case elf.PT_NOTE: // says where PVH enters; whole, though part of a LOAD segment that may end in it
+		default:
 			continue
 		}
-		data := bytes.TrimRight(b[p.Off:p.Off+p.Filesz], "\x00")
-		p.Off, p.Filesz, p.Align = uint64(len(out)), uint64(len(data)), 1
+		p.Off, p.Filesz = uint64(len(out)), uint64(len(data))
 		out = append(out, data...)
 		progs[i] = p
-	}
-	for i, p := range progs { // the note that says where PVH enters is in a LOAD segment
-		if elf.ProgType(p.Type) != elf.PT_NOTE {
-			continue
-		}
-		for j, q := range progs {
-			if elf.ProgType(q.Type) == elf.PT_LOAD && p.Vaddr >= q.Vaddr && p.Vaddr+p.Filesz <= q.Vaddr+q.Filesz {
-				progs[i].Off = progs[j].Off + p.Vaddr - q.Vaddr
-			}
-		}
 	}
 	if _, err := binary.Encode(out, binary.LittleEndian, h); err != nil {
 		return nil, err

@@ -41,6 +41,36 @@ func TestCompactELF(t *testing.T) {
 	}
 }
 
+// A kernel's first segment may end in its notes, and they in zeros.
+func TestCompactELFNoteAtEnd(t *testing.T) {
+	note := []byte("where to enter\x00\x00\x00\x00")
+	h := elf.Header64{Type: uint16(elf.ET_EXEC), Version: uint32(elf.EV_CURRENT), Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 2}
+	copy(h.Ident[:], elf.ELFMAG+"\x02\x01\x01") // 64 bits, little endian
+	size, at := uint64(len(note)), uint64(64+2*56)
+	var b bytes.Buffer
+	for _, part := range []any{
+		h,
+		elf.Prog64{Type: uint32(elf.PT_LOAD), Off: at, Vaddr: 0x1000, Filesz: 4 + size, Memsz: 4 + size},
+		elf.Prog64{Type: uint32(elf.PT_NOTE), Off: at + 4, Vaddr: 0x1004, Filesz: size, Memsz: size},
+		[]byte("code"), note,
+	} {
+		if err := binary.Write(&b, binary.LittleEndian, part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after, err := compactELF(b.Bytes())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := elf.NewFile(bytes.NewReader(after))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(f.Progs[1].Open()); err != nil || !bytes.Equal(got, note) {
+		t.Errorf("the note is %q, %v", got, err)
+	}
+}
+
 func loads(t *testing.T, b []byte) (progs []*elf.Prog) {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(b))
