@@ -159,9 +159,13 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// isStale asks the host: the path is looked up, which makes the kernel drop a
-// mount on a name that means something else now, and then the root of the mount.
+// isStale asks the host: for the name, which makes the kernel drop a mount on one
+// that means something else now, and then for the root of the mount.
 func (m submount) isStale() bool {
+	// A plain lookup trusts what it found in the last second. One for a new name
+	// always asks (LOOKUP_EXCL in fuse_dentry_revalidate, fs/fuse/dir.c), and
+	// RENAME_NOREPLACE from a name to itself changes nothing: EEXIST if it is there.
+	_ = unix.Renameat2(unix.AT_FDCWD, m.path, unix.AT_FDCWD, m.path, unix.RENAME_NOREPLACE)
 	var st unix.Stat_t
 	if err := unix.Lstat(m.path, &st); err != nil {
 		return true
