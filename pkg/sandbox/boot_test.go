@@ -23,6 +23,7 @@ func (still) Shutdown(context.Context) error                 { return nil }
 func (still) Kill() error                                    { return nil }
 func (still) Console() string                                { return "console" }
 func (still) Processes() []hypervisor.Process                { return nil }
+func (still) Examine()                                       {}
 
 // TestAwaitAgent has an agent that does not say that it serves.
 func TestAwaitAgent(t *testing.T) {

@@ -51,6 +51,8 @@ type Machine interface {
 	Kill() error
 	Console() string
 	Processes() []hypervisor.Process
+	// Examine ends the machine if it can be seen not to work any more.
+	Examine()
 }
 
 // VMOptions is what a sandbox asks of the function that starts its machine.
