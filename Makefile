@@ -106,6 +106,7 @@ e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2
 	$(MACHINES) -run '^TestE2E' ./test/...
 
 .PHONY: test-all
+test-all: export VMSHIM_TEST_ALL = 1
 test-all: test test-kernel fuzz bench ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
