@@ -131,6 +131,30 @@ bench: all containerds ## start, exec, stdio and memory, as ratios: _output/benc
 demo: all ## a container in a machine, through containerd, step by step
 	@go run ./test/demo
 
+# -- a KVM host in a machine ---------------------------------------------------
+
+# What users run (KVM, the kernel's vsock, vhost-net, control groups of version
+# 2) where this machine has not got it: test/kvmhost.
+OWN_RELEASE = $(shell . /etc/os-release && echo $$VERSION_CODENAME)
+HOST       ?= $(OWN_RELEASE)
+KVM_HOST    = $(abspath $(BIN))/kvmhost -host $(HOST) -image $(abspath $(OUT))/kvmhost-$(HOST) \
+	-vhost-device-vsock $(abspath $(BIN))/vhost-device-vsock -share $(CACHE) -share $(shell go env GOROOT)
+
+.PHONY: prereqs-kvm-host
+prereqs-kvm-host:
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages-kvmhost.txt
+
+# The kernel of the release.
+.PHONY: kvm-host-image
+kvm-host-image: prereqs prereqs-kvm-host
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $(BIN)/kvmhost ./test/kvmhost
+	go run ./guest/mkimage -agent $(BIN)/kvmhost -lists test/kvmhost -cache $(CACHE)/debs -out $(OUT)/kvmhost-$(HOST) \
+		-kernel $(if $(filter bookworm,$(HOST)),linux-image-cloud-$(shell dpkg --print-architecture),'')
+
+.PHONY: kvm-host
+kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or trixie; GET='files to copy back'
+	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
+
 # -- install -----------------------------------------------------------------
 
 .PHONY: install
