@@ -81,7 +81,7 @@ MACHINES = VMSHIM_REQUIRE=1 go test -count=1 -p 1 -timeout 40m
 
 .PHONY: unit
 unit: ## tests without a machine, under two minutes
-	go test -short -race -skip '^Test(VM|Shim|E2E)' ./...
+	go test -short -race -skip '^Test(VM|Shim|E2E|KVM)' ./...
 
 .PHONY: containerds
 containerds: prereqs
@@ -90,10 +90,10 @@ containerds: prereqs
 	@hack/containerd 2 >/dev/null
 
 .PHONY: test
-test: all unit vm-test shim-test e2e ## everything that is promised, at most 40 minutes
+test: all unit vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
 
 .PHONY: vm-test
-vm-test: all ## tests of the parts in real machines
+vm-test: all kvm-host-image ## tests of the parts in real machines
 	VMSHIM_ROWS=$(abspath $(OUT))/agent-rows.txt $(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
 	@cat $(OUT)/agent-rows.txt
 
@@ -106,7 +106,7 @@ e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2
 	$(MACHINES) -run '^TestE2E' ./test/...
 
 .PHONY: test-all
-test-all: test test-kernel fuzz bench ## make test, then what takes longer
+test-all: test test-kvm test-kernel fuzz bench bench-kvm ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel
@@ -154,6 +154,33 @@ kvm-host-image: prereqs prereqs-kvm-host
 .PHONY: kvm-host
 kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or trixie; GET='files to copy back'
 	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
+
+# Tests are linked statically, for they run under another release's libc.
+ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST)'
+
+.PHONY: kvm-test
+kvm-test: all kvm-host-image ## what only a KVM host has, on one
+	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM'
+
+# Each suite has a host of its own, and says what that is.
+KVM_SUITES = pkg/hypervisor/qemu pkg/sandbox test/kvm test/guest test/vm test/agent test/shim test/e2e
+
+.PHONY: test-kvm
+test-kvm: all containerds ## every test with a machine on KVM, kernel vsock and cgroups 2: Debian 12 and 13
+	for host in bookworm trixie; do $(MAKE) test-kvm-host HOST=$$host SKIP_PREREQS=1 || exit; done
+
+.PHONY: test-kvm-host
+test-kvm-host: kvm-host-image
+	for suite in $(KVM_SUITES); do \
+		echo "== $$suite on $(HOST)"; \
+		(cd $$suite && $(ON_KVM_HOST) -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVMKVMHost') || exit; \
+	done
+
+.PHONY: bench-kvm
+bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
+	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench
+	$(KVM_HOST) -timeout 1h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
 
 # -- install -----------------------------------------------------------------
 
