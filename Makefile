@@ -162,6 +162,7 @@ ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -e
 kvm-test: all kvm-host-image ## what only a KVM host has, on one
 	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
 	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
 
 # Each suite has a host of its own, and says what that is.
 KVM_SUITES = pkg/hypervisor/qemu pkg/sandbox test/kvm test/guest test/vm test/agent test/shim test/e2e

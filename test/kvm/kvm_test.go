@@ -219,14 +219,26 @@ func TestKVMContainer(t *testing.T) {
 	if got := number("memory.current"); got < 32<<20 || got > number("memory.max") {
 		t.Errorf("group uses %d bytes", got)
 	}
-	h.bite(id, dir, number("memory.current")+8<<20)
+	h.bite(id, dir)
 }
 
 // bite takes memory from the group until the guest can't have what it was
 // promised: the machine ends, the container is reported killed, and nothing is
 // left.
-func (h *host) bite(id, dir string, limit int) {
+func (h *host) bite(id, dir string) {
 	h.Helper()
+	limit := 8 << 20 // above what can't be given back
+	stat, err := os.ReadFile(filepath.Join(dir, "memory.stat"))
+	if err != nil {
+		h.Fatal(err)
+	}
+	for line := range strings.Lines(string(stat)) {
+		var name string
+		var bytes int
+		if _, err := fmt.Sscan(line, &name, &bytes); err == nil && (name == "anon" || name == "shmem" || name == "kernel") {
+			limit += bytes
+		}
+	}
 	if err := os.WriteFile(filepath.Join(dir, "memory.max"), []byte(strconv.Itoa(limit)), 0); err != nil {
 		h.Fatal(err)
 	}
@@ -303,32 +315,32 @@ func hide(t *testing.T, path string) {
 	}
 }
 
-// TestKVMMachinesAtOnce starts several machines at the same moment, that none
-// of them meets another's context id, port or files.
+// TestKVMMachinesAtOnce has several machines boot at the same time, and none
+// meets another's context id, port or files.
 func TestKVMMachinesAtOnce(t *testing.T) {
 	vmtest.Need(t, vmtest.Root, vmtest.KVM, vmtest.Image, vmtest.Share)
-	const machines = 4
-	seen := make(chan string, machines)
-	t.Run("together", func(t *testing.T) {
-		for i := range machines {
-			t.Run(strconv.Itoa(i), func(t *testing.T) {
-				t.Parallel()
-				m := vmtest.Boot(t, func(s *hypervisor.Spec) { s.MemoryMiB, s.MaxMemoryMiB = 192, 192 })
-				conn, err := m.Dial(vmtest.Context(t), 1024)
-				if err != nil {
-					t.Fatal(err)
-				}
-				conn.Close()
-				seen <- m.AgentURL(1024)
-			})
-		}
-	})
-	close(seen)
-	urls := map[string]bool{}
-	for url := range seen {
-		urls[url] = true
+	var machines []*vmtest.Machine
+	for range 3 {
+		machines = append(machines, vmtest.Start(t, func(s *hypervisor.Spec) { s.MemoryMiB, s.MaxMemoryMiB = 192, 192 }))
 	}
-	if len(urls) != machines {
+	ctx := vmtest.Context(t)
+	urls := map[string]bool{}
+	for _, m := range machines {
+		select {
+		case <-m.Ready():
+		case <-m.Done():
+			t.Fatalf("%+v", m.Err())
+		case <-ctx.Done():
+			t.Fatal(ctx.Err())
+		}
+		conn, err := m.Dial(ctx, 1024)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		urls[m.AgentURL(1024)] = true
+	}
+	if len(urls) != len(machines) {
 		t.Errorf("agents at %v", urls)
 	}
 }
