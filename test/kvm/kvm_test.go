@@ -338,6 +338,7 @@ func TestKVMMachinesAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		conn.Close()
+		t.Logf("served after %v", time.Since(m.Started))
 		urls[m.AgentURL(1024)] = true
 	}
 	if len(urls) != len(machines) {
