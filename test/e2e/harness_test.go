@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/daemon"
 	"github.com/vmshim/vmshim/test/ociimage"
 )
@@ -50,6 +51,7 @@ type host struct {
 var hosts = map[string]func() (*host, error){}
 
 func TestMain(m *testing.M) {
+	vmtest.SayHost()
 	os.Exit(func() int {
 		var (
 			mu      sync.Mutex
