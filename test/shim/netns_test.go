@@ -321,4 +321,3 @@ func (t *tasks) waitFor(command string) {
 		t.Errorf("%s: %s\n%s", command, out, t.sh("ip addr; ip route; ip -6 route"))
 	}
 }
-
