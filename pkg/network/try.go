@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -35,21 +34,13 @@ func Try(cfg Config) (vhost bool, err error) {
 }
 
 // newNamespace makes one that goes when it is closed, with what is in it.
-func newNamespace() (*Namespace, error) {
-	type made struct {
-		n   *Namespace
-		err error
-	}
-	result := make(chan made)
-	go func() {
-		runtime.LockOSThread() // and never unlock
+func newNamespace() (n *Namespace, _ error) {
+	err := onThread(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			result <- made{err: fmt.Errorf("make network namespace: %w", os.NewSyscallError("unshare", err))}
-			return
+			return fmt.Errorf("make network namespace: %w", os.NewSyscallError("unshare", err))
 		}
-		n, err := Open("/proc/thread-self/ns/net")
-		result <- made{n, err}
-	}()
-	r := <-result
-	return r.n, r.err
+		n, err = Open("/proc/thread-self/ns/net")
+		return err
+	})
+	return n, err
 }

@@ -27,6 +27,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -156,6 +157,7 @@ type guest interface {
 	agent.Processes
 	agent.Network
 	SetGuestDateTime(ctx context.Context, now time.Time) error
+	Connect(ctx context.Context, tcp *net.TCPConn, to netip.AddrPort) error
 }
 
 // New allocates; nothing runs yet.

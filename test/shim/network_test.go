@@ -1,13 +1,17 @@
 package shim
 
 import (
+	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/vishvananda/netlink"
@@ -81,6 +85,7 @@ func TestShimNetworkKilled(t *testing.T) {
 				if code := c.wait(""); code != 137 {
 					t.Errorf("exit code %d", code)
 				}
+				h.sink.want(t, "exit victim victim 137")
 				c.delete()
 			} else {
 				c.cleanup()
@@ -225,4 +230,61 @@ func TestShimNetworkRefused(t *testing.T) {
 	c.has("ping -c 2 -W 10 10.77.0.1", "2 packets received")
 	c.end()
 	p.clean(h)
+}
+
+// Who connects to the loopback address in the pod's namespace reaches the
+// guest's, as engines do to forward a port.
+func TestShimNetworkForward(t *testing.T) {
+	h := newHost(t)
+	l := h.lan()
+	p := l.pod("a", 2)
+	c := h.bundle("forward", "sh", "-c", "nc -lk -s 127.0.0.1 -p 8080 -e sha256sum & nc -lk -s ::1 -p 8081 -e cat & nc -lk -s 10.77.0.2 -p 8082 -e cat & wait").joins(p).run()
+	c.waitFor("netstat -ltn | grep 8082")
+	dial := func(to string) *net.TCPConn {
+		t.Helper()
+		var conn net.Conn
+		err := p.inside(func() (err error) {
+			conn, err = net.DialTimeout("tcp", to, 10*time.Second)
+			return err
+		})
+		h.must(err)
+		t.Cleanup(func() { conn.Close() })
+		h.must(conn.SetDeadline(time.Now().Add(patience)))
+		return conn.(*net.TCPConn)
+	}
+	big := io.LimitReader(payload(), 8<<20)
+	want := sha256.New()
+	conn := dial("127.0.0.1:8080")
+	_, err := io.Copy(conn, io.TeeReader(big, want))
+	h.must(err)
+	h.must(conn.CloseWrite())
+	if got, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(got), fmt.Sprintf("%x", want.Sum(nil))) {
+		t.Errorf("answer %q, %v", got, err)
+	}
+	for _, to := range []string{"[::1]:8081", "10.77.0.2:8082"} {
+		conn := dial(to)
+		for _, text := range []string{"hello", "again"} {
+			_, err := io.WriteString(conn, text)
+			h.must(err)
+			got := make([]byte, 5)
+			if _, err := io.ReadFull(conn, got); err != nil || string(got) != text {
+				t.Errorf("%s: answer %q, %v", to, got, err)
+			}
+		}
+		h.must(conn.CloseWrite())
+		if got, err := io.ReadAll(conn); err != nil || len(got) != 0 {
+			t.Errorf("%s: rest %q, %v", to, got, err)
+		}
+	}
+	if got, err := io.ReadAll(dial("127.0.0.1:9")); err == nil || len(got) != 0 { // nobody listens
+		t.Errorf("answer %q, %v", got, err)
+	}
+	c.end()
+	p.clean(h)
+	if err := p.inside(func() error {
+		_, err := net.DialTimeout("tcp", "127.0.0.1:8080", 10*time.Second)
+		return err
+	}); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("after the end: %v", err)
+	}
 }
