@@ -24,7 +24,7 @@ var allowed = map[string][]string{
 	"pkg/hypervisor/qemu": {"internal/cleanup", "pkg/agent/protocol", "pkg/hypervisor", "pkg/vsock"},
 	"pkg/vsock":           {},
 	"pkg/agent":           {"pkg/agent/protocol", "pkg/vsock"},
-	"pkg/network":         {"pkg/agent/protocol", "pkg/hypervisor"},
+	"pkg/network":         {"internal/cleanup", "pkg/agent/protocol"},
 	"pkg/storage":         {"pkg/agent/protocol", "pkg/hypervisor"},
 	"pkg/sandbox":         {"pkg/agent/protocol", "internal/cleanup", "pkg/agent", "pkg/hypervisor", "pkg/network", "pkg/storage"},
 	"pkg/shim":            {"internal/version", "pkg/agent/protocol", "pkg/config", "pkg/sandbox"},
@@ -33,7 +33,7 @@ var allowed = map[string][]string{
 	"internal/cleanup":    {},
 	"guest":               {"internal/guest"}, // the image has an index that the guest reads
 	"internal/version":    {},
-	"internal/cli":        {"internal/version", "pkg/agent/protocol", "pkg/agent", "pkg/config", "pkg/hypervisor/qemu", "pkg/sandbox"},
+	"internal/cli":        {"internal/version", "pkg/agent/protocol", "pkg/agent", "pkg/config", "pkg/hypervisor/qemu", "pkg/network", "pkg/sandbox"},
 	"internal/vmtest":     nil,
 	"internal/arch":       {},
 	"cmd":                 nil, // nil: anything

@@ -67,7 +67,10 @@ func checkSpec(spec *specs.Spec, tasks map[int]bool) error {
 	if linux == nil {
 		linux = &specs.Linux{}
 	}
-	for _, kind := range []specs.LinuxNamespaceType{specs.NetworkNamespace, specs.PIDNamespace, specs.IPCNamespace} {
+	if !hasNamespace(linux.Namespaces, specs.NetworkNamespace) {
+		return errHostNetwork
+	}
+	for _, kind := range []specs.LinuxNamespaceType{specs.PIDNamespace, specs.IPCNamespace} {
 		if !hasNamespace(linux.Namespaces, kind) {
 			return fmt.Errorf("the host's %s namespace is out of a machine's reach: %w", kind, errdefs.ErrInvalidArgument)
 		}
