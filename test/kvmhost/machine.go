@@ -47,12 +47,16 @@ func machine(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	var params []string
+	if found.Accelerator == qemu.TCG {
+		params = clockParams()
+	}
 	began := time.Now()
 	vm, err := qemu.Start(ctx, hypervisor.Spec{
 		Name: "kvmhost", Arch: runtime.GOARCH,
 		VCPUs: o.cpus, MaxVCPUs: o.cpus, MemoryMiB: o.memory, MaxMemoryMiB: o.memory,
 		Kernel: filepath.Join(o.image, "vmlinux"), Initrd: filepath.Join(o.image, "initrd.img"),
-		Shares: shares,
+		KernelParams: params, Shares: shares,
 	}, qemu.Options{Config: cfg, Host: found, Dir: filepath.Join(scratch, "vm")})
 	if err != nil {
 		return err
