@@ -65,7 +65,7 @@ func machine(ctx context.Context, args []string) error {
 	select {
 	case <-vm.Ready():
 	case <-vm.Done():
-		return fmt.Errorf("boot: %+v", vm.Err())
+		return fmt.Errorf("boot: %w", vm.Err())
 	case <-ctx.Done():
 		return fmt.Errorf("boot: %w; console: %s", context.Cause(ctx), vm.Console())
 	}
@@ -86,7 +86,7 @@ func explain(ctx context.Context, vm *qemu.VM, err error) error {
 	}
 	select {
 	case <-vm.Done():
-		return fmt.Errorf("%w: %+v", err, vm.Err())
+		return fmt.Errorf("%w: %w", err, vm.Err())
 	case <-time.After(time.Second): // a connection ends a moment before the machine does
 		return fmt.Errorf("%w; console: %s", err, vm.Console())
 	}

@@ -37,6 +37,7 @@ import (
 
 	"github.com/vmshim/vmshim/internal/guest/boot"
 	"github.com/vmshim/vmshim/internal/guest/module"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 )
 
 // What this program is called with when it is not called by a person.
@@ -87,6 +88,10 @@ func report(err error) int {
 		return 0
 	}
 	fmt.Fprintln(os.Stderr, "kvmhost:", err)
+	var gone *qemu.ExitError
+	if errors.As(err, &gone) {
+		fmt.Fprintf(os.Stderr, "%+v", gone)
+	}
 	return failed
 }
 
