@@ -40,7 +40,7 @@ func run() int {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, time.Hour)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Hour)
 	defer cancel()
 	results, err := bench(ctx, *runs, *cycles, *crowded, *only)
 	if err == nil && *jsonPath != "" {
@@ -85,7 +85,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	local, err := daemon.NewLocal(ctx, dir)
+	local, err := daemon.NewLocal(ctx, dir, "timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
 	if err != nil {
 		return nil, err
 	}

@@ -88,8 +88,7 @@ func report(err error) int {
 		return 0
 	}
 	fmt.Fprintln(os.Stderr, "kvmhost:", err)
-	var gone *qemu.ExitError
-	if errors.As(err, &gone) {
+	if gone, ok := errors.AsType[*qemu.ExitError](err); ok {
 		fmt.Fprintf(os.Stderr, "%+v", gone)
 	}
 	return failed
