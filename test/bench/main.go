@@ -40,15 +40,15 @@ func run() int {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, time.Hour)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Hour)
 	defer cancel()
 	results, err := bench(ctx, *runs, *cycles, *crowded, *only)
-	if err == nil && *jsonPath != "" {
-		err = writeJSON(*jsonPath, results)
-	}
-	if err == nil {
+	if results != nil { // a part may have failed
 		results.print(os.Stdout)
-		err = results.verdict()
+		err = errors.Join(err, results.verdict())
+		if *jsonPath != "" {
+			err = errors.Join(err, writeJSON(*jsonPath, results))
+		}
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
@@ -85,7 +85,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	local, err := daemon.NewLocal(ctx, dir)
+	local, err := daemon.NewLocal(ctx, dir, "timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +118,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		}
 		fmt.Fprintf(os.Stderr, "measuring %s\n", part.name)
 		if err := part.f(ctx, res); err != nil {
-			return nil, fmt.Errorf("%s: %w", part.name, err)
+			return res, fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
 	return res, nil

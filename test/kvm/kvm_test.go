@@ -25,6 +25,9 @@ import (
 
 const runtime = "io.containerd.vm.v2"
 
+// patience is for machines on a host that is emulated itself, on a busy machine.
+const patience = 4 * time.Minute
+
 func TestMain(m *testing.M) { vmtest.Main(m) }
 
 // A host is a containerd with the shim, and the shim's configuration.
@@ -44,13 +47,14 @@ func start(t *testing.T, extra ...string) *host {
 	}
 	ctx := within(t, time.Minute)
 	h := &host{T: t}
-	if h.local, err = daemon.NewLocal(ctx, dir, "debug = true"); err != nil {
+	if h.local, err = daemon.NewLocal(ctx, dir); err != nil {
 		t.Fatal(err)
 	}
 	if err := h.local.Built(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(h.local.ShimConfig(), []byte(h.local.Config("debug = true")+strings.Join(extra, "\n")), 0o600); err != nil {
+	cfg := h.local.Config("debug = true", "timeouts.start = '4m'") + strings.Join(extra, "\n")
+	if err := os.WriteFile(h.local.ShimConfig(), []byte(cfg), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if h.Daemon, err = h.local.Start(ctx, "debian"); err != nil {
@@ -78,7 +82,7 @@ func within(t *testing.T, d time.Duration) context.Context {
 
 // ctr runs containerd's client and returns all it says.
 func (h *host) ctr(args ...string) (string, error) {
-	out, err := h.Ctr(within(h.T, vmtest.Timeout), args...).CombinedOutput()
+	out, err := h.Ctr(within(h.T, patience), args...).CombinedOutput()
 	return string(out), err
 }
 
@@ -107,7 +111,7 @@ func (h *host) run(id string, flags ...string) {
 func (h *host) eventually(what string, amiss func() string) {
 	h.Helper()
 	text := amiss()
-	for end := time.Now().Add(20 * time.Second); text != "" && time.Now().Before(end); text = amiss() {
+	for end := time.Now().Add(time.Minute); text != "" && time.Now().Before(end); text = amiss() {
 		time.Sleep(50 * time.Millisecond)
 	}
 	if text != "" {
@@ -323,7 +327,7 @@ func TestKVMMachinesAtOnce(t *testing.T) {
 	for range 3 {
 		machines = append(machines, vmtest.Start(t, func(s *hypervisor.Spec) { s.MemoryMiB, s.MaxMemoryMiB = 192, 192 }))
 	}
-	ctx := vmtest.Context(t)
+	ctx := within(t, patience)
 	urls := map[string]bool{}
 	for _, m := range machines {
 		select {

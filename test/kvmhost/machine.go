@@ -47,12 +47,16 @@ func machine(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	var params []string
+	if found.Accelerator == qemu.TCG {
+		params = clockParams()
+	}
 	began := time.Now()
 	vm, err := qemu.Start(ctx, hypervisor.Spec{
 		Name: "kvmhost", Arch: runtime.GOARCH,
 		VCPUs: o.cpus, MaxVCPUs: o.cpus, MemoryMiB: o.memory, MaxMemoryMiB: o.memory,
 		Kernel: filepath.Join(o.image, "vmlinux"), Initrd: filepath.Join(o.image, "initrd.img"),
-		Shares: shares,
+		KernelParams: params, Shares: shares,
 	}, qemu.Options{Config: cfg, Host: found, Dir: filepath.Join(scratch, "vm")})
 	if err != nil {
 		return err
@@ -61,7 +65,7 @@ func machine(ctx context.Context, args []string) error {
 	select {
 	case <-vm.Ready():
 	case <-vm.Done():
-		return fmt.Errorf("boot: %+v", vm.Err())
+		return fmt.Errorf("boot: %w", vm.Err())
 	case <-ctx.Done():
 		return fmt.Errorf("boot: %w; console: %s", context.Cause(ctx), vm.Console())
 	}
@@ -82,7 +86,7 @@ func explain(ctx context.Context, vm *qemu.VM, err error) error {
 	}
 	select {
 	case <-vm.Done():
-		return fmt.Errorf("%w: %+v", err, vm.Err())
+		return fmt.Errorf("%w: %w", err, vm.Err())
 	case <-time.After(time.Second): // a connection ends a moment before the machine does
 		return fmt.Errorf("%w; console: %s", err, vm.Console())
 	}

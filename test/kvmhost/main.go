@@ -37,6 +37,7 @@ import (
 
 	"github.com/vmshim/vmshim/internal/guest/boot"
 	"github.com/vmshim/vmshim/internal/guest/module"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 )
 
 // What this program is called with when it is not called by a person.
@@ -87,6 +88,9 @@ func report(err error) int {
 		return 0
 	}
 	fmt.Fprintln(os.Stderr, "kvmhost:", err)
+	if gone, ok := errors.AsType[*qemu.ExitError](err); ok {
+		fmt.Fprintf(os.Stderr, "%+v", gone)
+	}
 	return failed
 }
 
