@@ -175,7 +175,7 @@ test-kvm: all containerds ## every test with a machine on KVM, kernel vsock and 
 test-kvm-host: kvm-host-image
 	for suite in $(KVM_SUITES); do \
 		echo "== $$suite on $(HOST)"; \
-		(cd $$suite && $(ON_KVM_HOST) -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVMKVMHost') || exit; \
+		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVMKVMHost') || exit; \
 	done
 
 .PHONY: bench-kvm
