@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
-	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 	"github.com/vmshim/vmshim/pkg/sandbox"
 	"github.com/vmshim/vmshim/test/daemon"
@@ -316,36 +315,5 @@ func hide(t *testing.T, path string) {
 	})
 	if err := errors.Join(os.Chown(path, 0, 0), os.Chmod(path, 0o600)); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// TestKVMMachinesAtOnce has several machines boot at the same time, and none
-// meets another's context id, port or files.
-func TestKVMMachinesAtOnce(t *testing.T) {
-	vmtest.Need(t, vmtest.Root, vmtest.KVM, vmtest.Image, vmtest.Share)
-	var machines []*vmtest.Machine
-	for range 3 {
-		machines = append(machines, vmtest.Start(t, func(s *hypervisor.Spec) { s.MemoryMiB, s.MaxMemoryMiB = 192, 192 }))
-	}
-	ctx := within(t, patience)
-	urls := map[string]bool{}
-	for _, m := range machines {
-		select {
-		case <-m.Ready():
-		case <-m.Done():
-			t.Fatalf("%+v", m.Err())
-		case <-ctx.Done():
-			t.Fatal(ctx.Err())
-		}
-		conn, err := m.Dial(ctx, 1024)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.Close()
-		t.Logf("served after %v", time.Since(m.Started))
-		urls[m.AgentURL(1024)] = true
-	}
-	if len(urls) != len(machines) {
-		t.Errorf("agents at %v", urls)
 	}
 }

@@ -2,11 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
+	"time"
 )
 
 // packages are what a host of the tests has, beside Debian's essential ones.
@@ -32,8 +37,7 @@ func releaseRoot(ctx context.Context, release string) (string, error) {
 	}
 	include := packages
 	if release == "bookworm" { // has it in qemu-system-common
-		include = append([]string{}, packages...)
-		include = append(include[:1], include[2:]...)
+		include = slices.DeleteFunc(slices.Clone(packages), func(p string) bool { return p == "virtiofsd" })
 	}
 	fmt.Fprintf(os.Stderr, "kvmhost: making a Debian %s in %s (once; takes some minutes, 650 MB)\n", release, dir)
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+".")
@@ -45,11 +49,17 @@ func releaseRoot(ctx context.Context, release string) (string, error) {
 		return "", err
 	}
 	cmd := exec.CommandContext(ctx, "mmdebstrap", "--variant=minbase", "--include="+strings.Join(include, ","), release, tmp)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it unmounts what it mounted
+	cmd.WaitDelay = 30 * time.Second
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("mmdebstrap: %w\n%s", err, out)
 	}
-	return dir, os.Rename(tmp, dir)
+	err = os.Rename(tmp, dir)
+	if errors.Is(err, fs.ErrExist) { // somebody else was faster
+		err = nil
+	}
+	return dir, err
 }
 
 // ownRelease is this machine's, as os-release(5) has it.
