@@ -41,6 +41,7 @@ type Container struct {
 	request *protocol.CreateContainerRequest // until it was sent
 	pid     int
 	hooked  bool
+	pause   *standIn      // nil, but for the container that stands for a pod
 	undo    cleanup.Stack // for remove
 
 	removal sync.Once
@@ -61,7 +62,18 @@ func newContainer(s *Sandbox, cfg ContainerConfig) *Container {
 	}
 	c.init = newProcess(c, "", cfg.Streams)
 	c.init.terminal = cfg.Terminal || cfg.Spec.Process.Terminal
+	if cfg.Pause {
+		c.pause = newStandIn(func() uint32 { return uint32(c.pid) }, c.init.done)
+	}
 	return c
+}
+
+// guest is who has the container.
+func (c *Container) guest() containerGuest {
+	if c.pause != nil {
+		return c.pause
+	}
+	return c.s.agent
 }
 
 // ID is the container's id.
@@ -116,7 +128,7 @@ func (c *Container) start(ctx context.Context) error {
 	if err := c.init.claim("start", Created); err != nil {
 		return err
 	}
-	err := c.s.agent.StartContainer(ctx, c.id)
+	err := c.guest().StartContainer(ctx, c.id)
 	if err != nil {
 		c.init.release(Created)
 		return c.s.because(err)
@@ -140,7 +152,7 @@ func (c *Container) Kill(ctx context.Context, signal uint32, all bool) error {
 		ctx, cancel = context.WithTimeout(ctx, killTimeout)
 		defer cancel()
 	}
-	err := c.s.agent.SignalProcess(ctx, c.id, c.id, signal, all)
+	err := c.guest().SignalProcess(ctx, c.id, c.id, signal, all)
 	switch {
 	case err == nil:
 		return nil
@@ -159,12 +171,12 @@ var errEnded = fmt.Errorf("process has ended: %w", errdefs.ErrNotFound)
 
 // Pause freezes the container.
 func (c *Container) Pause(ctx context.Context) error {
-	return c.toggle(ctx, "pause", Running, Paused, c.s.agent.PauseContainer)
+	return c.toggle(ctx, "pause", Running, Paused, c.guest().PauseContainer)
 }
 
 // Resume thaws it.
 func (c *Container) Resume(ctx context.Context) error {
-	return c.toggle(ctx, "resume", Paused, Running, c.s.agent.ResumeContainer)
+	return c.toggle(ctx, "resume", Paused, Running, c.guest().ResumeContainer)
 }
 
 func (c *Container) toggle(ctx context.Context, what string, from, to Status, do func(context.Context, string) error) error {
@@ -193,7 +205,7 @@ func (c *Container) Update(ctx context.Context, resources *specs.LinuxResources)
 	if len(notes) > 0 {
 		log.G(ctx).WithField("left_out", notes).Warn("the guest does not get all that the update names")
 	}
-	if err := c.s.agent.UpdateContainer(ctx, c.id, wireResources(guest)); err != nil {
+	if err := c.guest().UpdateContainer(ctx, c.id, wireResources(guest)); err != nil {
 		return fmt.Errorf("update container %q: %w", c.id, c.s.because(err))
 	}
 	return nil
@@ -221,7 +233,7 @@ func (c *Container) Stats(ctx context.Context) (*protocol.StatsContainerResponse
 }
 
 func (c *Container) askStats(ctx context.Context) error {
-	stats, err := c.s.agent.StatsContainer(ctx, c.id)
+	stats, err := c.guest().StatsContainer(ctx, c.id)
 	if err != nil {
 		return c.s.because(err)
 	}
@@ -250,7 +262,7 @@ func (c *Container) Pids(ctx context.Context) ([]*extension.ProcessInfo, error) 
 	var pids []*extension.ProcessInfo
 	if c.Status() != Stopped {
 		var err error
-		if pids, err = c.s.agent.Pids(ctx, c.id); err != nil {
+		if pids, err = c.guest().Pids(ctx, c.id); err != nil {
 			log.G(ctx).WithError(err).WithField("container_id", c.id).Debug("pids are the last known")
 		}
 	}
@@ -315,7 +327,7 @@ func (c *Container) removeInGuest(ctx context.Context) {
 		_ = await(ctx, c.final)
 	default:
 	}
-	if err := c.s.agent.StopContainer(ctx, c.id); err != nil && c.s.alive() == nil {
+	if err := c.guest().StopContainer(ctx, c.id); err != nil && c.s.alive() == nil {
 		log.G(ctx).WithError(err).WithField("container_id", c.id).Warn("guest did not remove the container")
 	}
 }

@@ -28,6 +28,9 @@ type ContainerConfig struct {
 	Streams agent.StreamSet
 	// Terminal overrides spec.process.terminal, as containerd's request does.
 	Terminal bool
+	// Pause says that the container stands for a pod: nothing of it is in the
+	// guest, and it runs until it is killed.
+	Pause bool
 }
 
 // CreateContainer makes a container, its task process on the host and its
@@ -44,7 +47,7 @@ func (s *Sandbox) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *
 		return nil, err
 	}
 	defer leave()
-	if err := checkSpec(cfg.Spec, s.taskPIDs()); err != nil {
+	if err := checkSpec(cfg.Spec, s.opts.Pod, s.tasksByPID()); err != nil {
 		return nil, err
 	}
 	if err := s.reserve(cfg.ID); err != nil {
@@ -86,13 +89,13 @@ func (s *Sandbox) forget(id string) {
 	delete(s.containers, id)
 }
 
-// taskPIDs are those of the containers there are.
-func (s *Sandbox) taskPIDs() map[int]bool {
-	pids := map[int]bool{}
+// tasksByPID are the containers there are, by their task pids.
+func (s *Sandbox) tasksByPID() map[int]*Container {
+	tasks := map[int]*Container{}
 	for _, c := range s.created() {
-		pids[c.PID()] = true
+		tasks[c.PID()] = c
 	}
-	return pids
+	return tasks
 }
 
 // create is the order of creation. What it adds to the container's undo goes
@@ -141,6 +144,10 @@ func (c *Container) record(ctx context.Context, cfg ContainerConfig) error {
 // mount puts the container's files below the share, and settles what the guest
 // is told.
 func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
+	if c.pause != nil {
+		c.root = c.s.path(emptyName)
+		return nil
+	}
 	want := storage.Container{
 		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root, Mounts: cfg.Spec.Mounts,
 	}
@@ -152,10 +159,11 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 	if err != nil {
 		return err
 	}
-	guest, err := newGuestSpec(cfg.Spec, cfg.ID, cfg.Terminal, plan)
+	guest, err := newGuestSpec(cfg.Spec, cfg.ID, cfg.Terminal, plan, c.s.tasksByPID())
 	if err != nil {
 		return err
 	}
+	guest.addSysctls(c.s.sysctls)
 	if len(guest.notes) > 0 {
 		log.G(ctx).WithField("left_out", guest.notes).Warn("the guest does not get all that the specification names")
 	}
@@ -165,12 +173,13 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 	c.undo.Add(func() error { return storage.Remove(plan.Dir) })
 	c.root = plan.HostRoot()
 	c.request = &protocol.CreateContainerRequest{
-		ContainerId:  cfg.ID,
-		ExecId:       cfg.ID,
-		Storages:     plan.Storages,
-		OCI:          wireSpec(&guest.Spec),
-		SandboxPidns: guest.shared,
-		NoStdin:      !cfg.Streams.Stdin,
+		ContainerId:    cfg.ID,
+		ExecId:         cfg.ID,
+		Storages:       plan.Storages,
+		OCI:            wireSpec(&guest.Spec),
+		SandboxPidns:   guest.shared,
+		PidNamespaceOf: guest.pidOf,
+		NoStdin:        !cfg.Streams.Stdin,
 	}
 	return nil
 }
@@ -237,14 +246,14 @@ func (c *Container) createInGuest(ctx context.Context, _ ContainerConfig) error 
 	})
 	request := c.request
 	c.request = nil
-	if err := c.s.agent.CreateContainer(ctx, request); err != nil {
+	if err := c.guest().CreateContainer(ctx, request); err != nil {
 		return c.s.because(err)
 	}
 	return nil
 }
 
 func (c *Container) openStreams(ctx context.Context, cfg ContainerConfig) error {
-	streams, err := c.s.agent.Streams(ctx, c.id, c.id, cfg.Streams)
+	streams, err := c.guest().Streams(ctx, c.id, c.id, cfg.Streams)
 	if err != nil {
 		return fmt.Errorf("open streams: %w", c.s.because(err))
 	}

@@ -99,8 +99,12 @@ type Options struct {
 	Namespace string // containerd's
 	Address   string // of the daemon
 	Dir       string // made by Start, removed by Stop; see Dir
-	Config    Config
-	StartVM   func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
+	// Pod says that containers come and go, and share what those of a Kubernetes
+	// pod share. A container that asks for the host's pid or ipc namespace gets
+	// the pod's.
+	Pod     bool
+	Config  Config
+	StartVM func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
 	// OnOOM is called when the guest's kernel killed a process of a container,
 	// always before the Done of a process that this ended, and once for each
 	// container. It must not block.
@@ -130,6 +134,9 @@ type Sandbox struct {
 	machine Machine
 	agent   guest
 	undo    *cleanup.Stack // of Start, for Stop
+
+	// Written before prepared is closed.
+	sysctls map[string]string // of the pod, for its containers
 
 	mu         sync.Mutex
 	starting   bool                  // guarded by mu: Start was called

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -38,8 +39,8 @@ const (
 	agentGrace = 5 * time.Second
 	// lostCalls is how often a call that waits for an event is made again.
 	lostCalls = 3
-	// shmSize is what engines give a container that does not ask.
-	shmSize = 64 << 20
+	// emptyName is the directory in which a pod's own task process is rooted.
+	emptyName = "empty"
 )
 
 // errStopped is why calls fail from Stop on.
@@ -49,7 +50,7 @@ var errStopped = fmt.Errorf("sandbox was stopped: %w", errdefs.ErrUnavailable)
 // spec (annotations, netns, cgroup path, sizes are taken from it), and creates
 // the sandbox in the guest. On error or cancel nothing is left.
 func (s *Sandbox) Start(ctx context.Context, spec *specs.Spec) (err error) {
-	if err := checkSpec(spec, nil); err != nil {
+	if err := checkSpec(spec, s.opts.Pod, nil); err != nil {
 		return s.neverStarted(fmt.Errorf("start sandbox %q: %w", s.opts.ID, err))
 	}
 	if err := s.claimStart(); err != nil {
@@ -187,11 +188,19 @@ func (s *Sandbox) makeState(_ context.Context, _ *specs.Spec, m *hypervisor.Spec
 }
 
 // makeShare makes what CreateContainer needs.
-func (s *Sandbox) makeShare(ctx context.Context, _ *specs.Spec, _ *hypervisor.Spec, undo *cleanup.Stack) error {
+func (s *Sandbox) makeShare(ctx context.Context, spec *specs.Spec, _ *hypervisor.Spec, undo *cleanup.Stack) error {
 	if err := storage.MakeShare(s.share()); err != nil {
 		return err
 	}
 	undo.Add(func() error { return storage.RemoveShare(s.share()) })
+	if s.opts.Pod {
+		if err := os.Mkdir(s.path(emptyName), 0o555); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+		if spec.Linux != nil {
+			s.sysctls = maps.Clone(spec.Linux.Sysctl)
+		}
+	}
 	s.state.mark(ctx, PhasePrepared, time.Now())
 	close(s.prepared)
 	return nil
@@ -336,7 +345,7 @@ func sandboxRequest(id string, spec *specs.Spec) *protocol.CreateSandboxRequest 
 			Driver: "virtio-fs", Source: storage.Tag, Fstype: "virtiofs", MountPoint: storage.GuestDir + "/",
 		}, {
 			Driver: "ephemeral", Source: "shm", Fstype: "tmpfs", MountPoint: storage.GuestShm,
-			Options: []string{"noexec", "nosuid", "nodev", "mode=1777", fmt.Sprintf("size=%d", shmSize)},
+			Options: []string{"noexec", "nosuid", "nodev", "mode=1777", fmt.Sprintf("size=%d", shmSize(spec))},
 		}},
 	}
 }

@@ -1,0 +1,220 @@
+// Command critest runs the unmodified critest of cri-tools on runc and on
+// vmshim, and compares: what passes on runc must pass in a machine, with a pause
+// container and with the sandbox API, except what docs/limitations.md lists. A
+// test that is skipped where it passes on runc is a failure.
+//
+// Everything runs in network and mount namespaces of its own, on a containerd,
+// images and a registry made for it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/test/daemon"
+)
+
+// network is what pods are on. In a namespace of its own the bridge is nobody
+// else's; addresses are remembered in the directory given.
+const network = `{"cniVersion": "1.0.0", "name": "critest", "plugins": [
+  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+   "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.244.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}]}`
+
+// inside tells the command, run again, that it is in its namespaces.
+const inside = "VMSHIM_CRITEST_INSIDE"
+
+type options struct {
+	focus, skip, modes, out string
+	keep                    bool
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.focus, "focus", "", "run only tests that match this regular expression")
+	flag.StringVar(&o.skip, "skip", "", "leave out tests that match this regular expression")
+	flag.StringVar(&o.modes, "modes", "vm,vm-sandbox", "runtime handlers to compare with runc")
+	flag.StringVar(&o.out, "out", "_output/critest", "where reports and logs go")
+	flag.BoolVar(&o.keep, "keep", false, "keep the working directory")
+	flag.Parse()
+	os.Exit(run(o))
+}
+
+func run(o options) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if os.Getenv(inside) == "" {
+		return again(ctx)
+	}
+	ok, err := compare(ctx, o)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "critest: %v\n", err)
+		return 1
+	}
+	if !ok {
+		return 1
+	}
+	return 0
+}
+
+// again runs the command in new namespaces.
+func again(ctx context.Context) int {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), inside+"=1")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+	err := cmd.Run()
+	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
+		fmt.Fprintf(os.Stderr, "critest: %v\n", err)
+		return 1
+	}
+	return cmd.ProcessState.ExitCode()
+}
+
+// settle makes the namespaces what a host's are: mounts propagate, the loopback
+// device is up. What CNI remembers goes with the namespace.
+func settle() error {
+	const cni = "/var/lib/cni"
+	if err := os.MkdirAll(cni, 0o755); err != nil {
+		return err
+	}
+	for _, m := range []struct {
+		source, target, kind string
+		flags                uintptr
+	}{
+		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE},
+		{"", "/", "", unix.MS_REC | unix.MS_SHARED},
+		{"cni", cni, "tmpfs", 0},
+	} {
+		if err := unix.Mount(m.source, m.target, m.kind, m.flags, ""); err != nil {
+			return &os.PathError{Op: "mount", Path: m.target, Err: err}
+		}
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find loopback: %w", err)
+	}
+	return netlink.LinkSetUp(lo)
+}
+
+// compare says whether everything is as it should be.
+func compare(ctx context.Context, o options) (ok bool, err error) {
+	if err := settle(); err != nil {
+		return false, err
+	}
+	dir, err := os.MkdirTemp("", "vmcri")
+	if err != nil {
+		return false, err
+	}
+	if !o.keep {
+		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	}
+	local, err := daemon.NewLocal(ctx, dir, "debug = true")
+	if err != nil {
+		return false, err
+	}
+	if err := local.Built(); err != nil {
+		return false, err
+	}
+	allowed, err := exceptions(filepath.Join(local.Root, "docs/limitations.md"))
+	if err != nil {
+		return false, err
+	}
+	if o.out, err = filepath.Abs(o.out); err != nil {
+		return false, err
+	}
+	if err := os.MkdirAll(o.out, 0o755); err != nil {
+		return false, err
+	}
+	mirror, err := serveImages(ctx, dir)
+	if err != nil {
+		return false, err
+	}
+	d, err := local.StartCRI(ctx, "2", daemon.CRI{
+		PauseImage: pauseImage, Mirror: mirror, Network: fmt.Sprintf(network, filepath.Join(dir, "addresses")),
+	})
+	if err != nil {
+		return false, err
+	}
+	defer func() {
+		_ = os.WriteFile(filepath.Join(o.out, "containerd.log"), []byte(d.Tail(1_000_000)), 0o600)
+		err = errors.Join(err, d.Stop())
+	}()
+	handlers := append([]string{daemon.HandlerRunc}, strings.Split(o.modes, ",")...)
+	results := map[string]result{}
+	for _, handler := range handlers {
+		began := time.Now()
+		if results[handler], err = critest(ctx, local, d, o, handler); err != nil {
+			return false, fmt.Errorf("on %s: %w", handler, err)
+		}
+		fmt.Printf("%-12s %s  (%.0f s)\n", handler, results[handler], time.Since(began).Seconds())
+	}
+	text, ok := table(results, handlers, allowed, o.focus == "" && o.skip == "")
+	fmt.Print("\n" + text)
+	return ok, os.WriteFile(filepath.Join(o.out, "table.txt"), []byte(text), 0o600)
+}
+
+// serveImages runs the registry, until the command ends.
+func serveImages(ctx context.Context, work string) (url string, err error) {
+	all, err := images(ctx, work)
+	if err != nil {
+		return "", err
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	server := &http.Server{Handler: registry{all}, ReadHeaderTimeout: time.Minute}
+	go func() { _ = server.Serve(l) }()
+	return "http://" + l.Addr().String(), nil
+}
+
+// critest runs it on a runtime handler.
+func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string) (result, error) {
+	tools, err := local.Tools(ctx, "critest")
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.Create(filepath.Join(o.out, handler+".log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	endpoint, report := "unix://"+d.Address(), filepath.Join(o.out, handler+".xml")
+	if err := os.Remove(report); err != nil && !os.IsNotExist(err) {
+		return nil, err
+	}
+	args := []string{
+		"-runtime-endpoint", endpoint, "-image-endpoint", endpoint, "-runtime-handler", handler,
+		"-ginkgo.no-color", "-ginkgo.v", "-ginkgo.timeout", "6h", "-ginkgo.junit-report", report,
+	}
+	if o.focus != "" {
+		args = append(args, "-ginkgo.focus", o.focus)
+	}
+	if o.skip != "" {
+		args = append(args, "-ginkgo.skip", o.skip)
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(tools, "critest"), args...)
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = log, log, 10*time.Second
+	cmd.Dir = local.Dir
+	// Failed tests are in the report.
+	if err := cmd.Run(); err != nil && (ctx.Err() != nil || cmd.ProcessState == nil) {
+		return nil, err
+	}
+	return readReport(report)
+}
