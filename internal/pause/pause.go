@@ -26,10 +26,13 @@ const (
 	maxName = 16
 )
 
-// Open writes the program to a file in memory and returns its descriptor. The
-// name is what ps shows; 15 bytes of it.
+// Program is the executable for this machine. The name is what ps shows; 15
+// bytes of it.
+func Program(name string) ([]byte, error) { return program(runtime.GOARCH, name) }
+
+// Open writes the program to a file in memory and returns its descriptor.
 func Open(name string) (fd int, err error) {
-	code, err := program(runtime.GOARCH, name)
+	code, err := Program(name)
 	if err != nil {
 		return -1, err
 	}

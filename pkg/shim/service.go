@@ -113,7 +113,7 @@ func (s *service) remove(id string) (last bool) {
 
 // enter returns the sandbox for a container, made now if it is the first one;
 // then the caller starts it. The record is for the container's bundle.
-func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, rec record, first bool, err error) {
+func (s *service) enter(cfg config.Config, id string, pod bool) (box *sandbox.Sandbox, rec record, first bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.box != nil {
@@ -130,6 +130,7 @@ func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, rec
 	o.Dir = s.self.Dir
 	o.Began = s.cmd.began
 	o.OnOOM = s.oom
+	o.Pod = pod
 	if s.box, err = sandbox.New(o); err != nil {
 		return nil, rec, false, err
 	}

@@ -38,7 +38,9 @@ func images(ctx context.Context, work string) (map[string]*ociimage.Layout, erro
 	if err != nil {
 		return nil, err
 	}
-	as := func(path string, mode int64) ociimage.File { return ociimage.File{Path: path, Mode: mode, Content: program} }
+	as := func(path string, mode int64) ociimage.File {
+		return ociimage.File{Path: path, Mode: mode, Content: program}
+	}
 	config := func(command ...string) ociimage.Config {
 		return ociimage.Config{
 			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: command,
