@@ -149,7 +149,8 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 		return nil
 	}
 	want := storage.Container{
-		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root, Mounts: cfg.Spec.Mounts,
+		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root,
+		Mounts: c.s.addFiles(cfg.Spec), Shm: c.s.shm,
 	}
 	facts, err := storage.Look(c.s.share(), want)
 	if err != nil {

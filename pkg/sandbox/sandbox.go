@@ -102,7 +102,9 @@ type Options struct {
 	// Pod says that containers come and go, and share what those of a Kubernetes
 	// pod share. A container that asks for the host's pid or ipc namespace gets
 	// the pod's.
-	Pod     bool
+	Pod bool
+	// Files are put into every container that has nothing of its own there.
+	Files   []File
 	Config  Config
 	StartVM func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
 	// OnOOM is called when the guest's kernel killed a process of a container,
@@ -137,6 +139,7 @@ type Sandbox struct {
 
 	// Written before prepared is closed.
 	sysctls map[string]string // of the pod, for its containers
+	shm     string            // what stands for the pod's /dev/shm in specifications; empty: anything
 
 	mu         sync.Mutex
 	starting   bool                  // guarded by mu: Start was called

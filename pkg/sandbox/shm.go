@@ -7,6 +7,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/pkg/storage"
 )
 
 // defaultShm is the size of /dev/shm that engines give whoever does not ask.
@@ -59,4 +61,15 @@ func parseSize(text string) (n uint64, ok bool) {
 		return 0, false
 	}
 	return n << shift, true
+}
+
+// shmSource is what is bound at /dev/shm in the specification that stands for a
+// pod: the same in that of a container means the pod's.
+func shmSource(spec *specs.Spec) string {
+	for _, m := range spec.Mounts {
+		if path.Clean(m.Destination) == "/dev/shm" && m.Type == "bind" {
+			return path.Clean(m.Source)
+		}
+	}
+	return storage.GuestShm
 }

@@ -200,6 +200,10 @@ func (s *Sandbox) makeShare(ctx context.Context, spec *specs.Spec, _ *hypervisor
 		if spec.Linux != nil {
 			s.sysctls = maps.Clone(spec.Linux.Sysctl)
 		}
+		s.shm = shmSource(spec)
+	}
+	if err := s.writeFiles(); err != nil {
+		return fmt.Errorf("write file: %w", err)
 	}
 	s.state.mark(ctx, PhasePrepared, time.Now())
 	close(s.prepared)

@@ -23,6 +23,9 @@ type Container struct {
 	Rootfs []Mount
 	Root   *specs.Root
 	Mounts []specs.Mount
+	// Shm is the host's directory that stands for the sandbox's /dev/shm; empty:
+	// whatever is bound there does.
+	Shm string
 }
 
 // Facts are what a plan needs to know of the host; see Look.
@@ -141,8 +144,9 @@ var guestTypes = map[string]bool{
 
 func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 	source := absolute(c.Bundle, m.Source)
-	if kernelPath(source) || path.Clean(m.Destination) == "/dev/shm" {
-		if path.Clean(m.Destination) == "/dev/shm" {
+	shm := path.Clean(m.Destination) == "/dev/shm" && (c.Shm == "" || source == c.Shm || kernelPath(source))
+	if kernelPath(source) || shm {
+		if shm {
 			source = GuestShm
 		} else {
 			p.warn("%s at %s is the guest's, not the host's", source, m.Destination)
