@@ -201,13 +201,22 @@ func (c *Container) Update(ctx context.Context, resources *specs.LinuxResources)
 	if resources == nil {
 		return fmt.Errorf("update container %q: no resources: %w", c.id, errdefs.ErrInvalidArgument)
 	}
+	if c.pause != nil {
+		return nil // nothing is limited by it
+	}
 	guest, notes := guestResources(resources)
 	if len(notes) > 0 {
 		log.G(ctx).WithField("left_out", notes).Warn("the guest does not get all that the update names")
 	}
+	// Room comes before the limit that lets it be used, and goes after the one
+	// that keeps it free.
+	c.s.raiseLimits(c.id, resources)
+	c.s.fit(ctx)
 	if err := c.guest().UpdateContainer(ctx, c.id, wireResources(guest)); err != nil {
 		return fmt.Errorf("update container %q: %w", c.id, c.s.because(err))
 	}
+	c.s.replaceLimits(c.id, resources)
+	c.s.fit(ctx)
 	return nil
 }
 

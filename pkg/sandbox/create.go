@@ -106,7 +106,7 @@ func (c *Container) create(ctx context.Context, cfg ContainerConfig) error {
 	}
 	for _, step := range []func(context.Context, ContainerConfig) error{
 		c.record, c.mount, c.startTask, c.runCreateHooks,
-		c.awaitSandbox, c.createInGuest, c.openStreams,
+		c.awaitSandbox, c.makeRoom, c.createInGuest, c.openStreams,
 	} {
 		if err := step(ctx, cfg); err != nil {
 			return err
@@ -235,6 +235,21 @@ func (c *Container) runStopHooks(ctx context.Context) {
 // awaitSandbox waits for the guest.
 func (c *Container) awaitSandbox(ctx context.Context, _ ContainerConfig) error {
 	return await(ctx, c.s.up)
+}
+
+// makeRoom has the machine grow with a pod.
+func (c *Container) makeRoom(ctx context.Context, cfg ContainerConfig) error {
+	if c.pause != nil {
+		return nil
+	}
+	want := resourceLimits(resourcesOf(cfg.Spec))
+	c.s.setLimits(c.id, &want)
+	c.undo.Add(func() error {
+		c.s.setLimits(c.id, nil)
+		return nil
+	})
+	c.s.fit(ctx)
+	return nil
 }
 
 func (c *Container) createInGuest(ctx context.Context, _ ContainerConfig) error {

@@ -131,6 +131,8 @@ type Sandbox struct {
 
 	ending sync.Once // closes gone
 
+	resizing chan struct{} // has room for one: whoever changes the machine's size
+
 	// Written before up is closed.
 	cgroup  *hostCgroup // nil: none
 	machine Machine
@@ -147,6 +149,8 @@ type Sandbox struct {
 	ended      error                 // guarded by mu: why no call can be served any more
 	calls      map[*call]struct{}    // guarded by mu: what ends when the sandbox does
 	containers map[string]*Container // guarded by mu; nil while being created
+	pod        limits                // guarded by mu: what was said of the pod when it began
+	limits     map[string]limits     // guarded by mu: of each container
 	aborted    error                 // guarded by mu: why the machine was killed
 	err        error                 // guarded by mu: of Err
 }
@@ -157,6 +161,7 @@ type guest interface {
 	agent.Containers
 	agent.Processes
 	SetGuestDateTime(ctx context.Context, now time.Time) error
+	OnlineCPUMem(ctx context.Context, cpus uint32, cpuOnly bool) error
 }
 
 // New allocates; nothing runs yet.
@@ -186,6 +191,8 @@ func New(opts Options) (*Sandbox, error) {
 		stopped:    make(chan struct{}),
 		calls:      map[*call]struct{}{},
 		containers: map[string]*Container{},
+		resizing:   make(chan struct{}, 1),
+		limits:     map[string]limits{},
 	}, nil
 }
 

@@ -78,7 +78,10 @@ func (p *standIn) Exec(context.Context, *protocol.ExecProcessRequest) error {
 }
 
 // SignalProcess does what the usual program does with the signals that it gets.
-func (p *standIn) SignalProcess(_ context.Context, _, _ string, signal uint32, _ bool) error {
+func (p *standIn) SignalProcess(_ context.Context, id, execID string, signal uint32, _ bool) error {
+	if execID != id {
+		return fmt.Errorf("process %q: %w", execID, errdefs.ErrNotFound) // none was ever started
+	}
 	switch unix.Signal(signal) {
 	case unix.SIGKILL:
 		p.end(lostCode)

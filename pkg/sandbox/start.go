@@ -135,7 +135,14 @@ func (s *Sandbox) boot(ctx context.Context, spec *specs.Spec, undo *cleanup.Stac
 
 // machineSpec describes the machine.
 func (s *Sandbox) machineSpec(spec *specs.Spec) hypervisor.Spec {
-	m := size(s.opts.Config.Machine, limitsOf(spec), hostCapacity())
+	want, host := limitsOf(spec), hostCapacity()
+	m := size(s.opts.Config.Machine, want, host)
+	if s.opts.Pod {
+		m = roomToGrow(m, host)
+		s.mu.Lock()
+		s.pod = want
+		s.mu.Unlock()
+	}
 	m.Name = s.opts.ID
 	if m.Arch == "" {
 		m.Arch = runtime.GOARCH

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -44,7 +45,7 @@ func newPodConfig(options *anypb.Any, netns string) (*podConfig, error) {
 		return nil, fmt.Errorf("sandbox options of type %q: %w", url, errdefs.ErrInvalidArgument)
 	}
 	ns := p.config.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	if ns.GetNetwork() == runtimeapi.NamespaceMode_NODE {
+	if ns.GetNetwork() == runtimeapi.NamespaceMode_NODE || netns == "" {
 		return nil, fmt.Errorf("the host's network namespace is out of a machine's reach: %w", errdefs.ErrInvalidArgument)
 	}
 	return p, nil
@@ -67,9 +68,7 @@ func (p *podConfig) spec() *specs.Spec {
 			},
 		},
 	}
-	if parent := linux.GetCgroupParent(); parent != "" {
-		spec.Linux.CgroupsPath = parent
-	}
+	spec.Linux.CgroupsPath = cgroupIn(linux.GetCgroupParent())
 	r := linux.GetResources()
 	spec.Linux.Resources = &specs.LinuxResources{}
 	if n := r.GetMemoryLimitInBytes(); n > 0 {
@@ -79,6 +78,19 @@ func (p *podConfig) spec() *specs.Spec {
 		spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &quota, Period: new(uint64(period))}
 	}
 	return spec
+}
+
+// cgroupIn is the path of a group for the pod's machine in its parent, in the form
+// of a specification. In systemd's the name must be unique on the host.
+func cgroupIn(parent string) string {
+	switch {
+	case parent == "":
+		return ""
+	case strings.HasSuffix(parent, ".slice"):
+		slice := path.Base(parent)
+		return slice + ":vmshim:" + strings.TrimSuffix(slice, ".slice")
+	}
+	return path.Join(parent, "vmshim")
 }
 
 // hostname is the host's when the pod has none.

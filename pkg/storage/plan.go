@@ -34,6 +34,8 @@ type Facts struct {
 	// Modes has the kind of each source of a bind mount, by its absolute path.
 	// What is missing does not exist.
 	Modes map[string]fs.FileMode
+	// Submounts has the sources below which something else is mounted.
+	Submounts map[string]bool
 	// Setattr says that the kernel has mount_setattr(2), which recursive
 	// read-only mounts need.
 	Setattr bool
@@ -179,6 +181,12 @@ func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 		return fmt.Errorf("mounts made in the guest cannot appear on the host (%s): %w", propagation, errdefs.ErrNotImplemented)
 	case "slave", "rslave":
 		b.Slave = true
+	}
+	if b.Recursive && b.ReadOnly && !b.RecursiveReadOnly && f.Submounts[source] {
+		// What is mounted below may be written to. The guest finds those mounts when
+		// they are walked to, and makes them as read-only as the one above: so that
+		// is read-only on the host alone.
+		m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
 	}
 	p.Host = append(p.Host, HostMount{Name: name, File: !mode.IsDir(), Bind: b})
 	p.mountShared(c.ID, name, m)

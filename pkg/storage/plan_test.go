@@ -17,6 +17,7 @@ var facts = Facts{
 	Modes: map[string]fs.FileMode{
 		"/data":          fs.ModeDir | 0o755,
 		"/etc/hosts":     0o644,
+		"/tree":          fs.ModeDir | 0o755,
 		"/bundle/rel":    fs.ModeDir | 0o755,
 		"/bundle/rootfs": fs.ModeDir | 0o755,
 		"/dev/shm/x":     fs.ModeDir | 0o755,
@@ -24,7 +25,8 @@ var facts = Facts{
 		"/srv/disk":      fs.ModeDevice | 0o600,
 		"/srv/tty":       fs.ModeDevice | fs.ModeCharDevice | 0o600,
 	},
-	Setattr: true,
+	Submounts: map[string]bool{"/tree": true},
+	Setattr:   true,
 }
 
 func TestPlanMount(t *testing.T) {
@@ -50,6 +52,16 @@ func TestPlanMount(t *testing.T) {
 		in:    specs.Mount{Type: "bind", Source: "/data", Options: []string{"rbind", "rw"}},
 		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind", "rw"}},
 		bind:  &Bind{Source: "/data", Recursive: true},
+	}, {
+		name:  "read-only without what is mounted below",
+		in:    specs.Mount{Type: "bind", Source: "/tree", Options: []string{"rbind", "ro"}},
+		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind"}},
+		bind:  &Bind{Source: "/tree", Recursive: true, ReadOnly: true},
+	}, {
+		name:  "all of it read-only",
+		in:    specs.Mount{Type: "bind", Source: "/tree", Options: []string{"rbind", "ro", "rro"}},
+		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind", "ro", "rro"}},
+		bind:  &Bind{Source: "/tree", Recursive: true, ReadOnly: true, RecursiveReadOnly: true},
 	}, {
 		name:  "without a type",
 		in:    specs.Mount{Source: "/data", Options: []string{"bind"}},
