@@ -22,21 +22,8 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
 	"github.com/vmshim/vmshim/test/daemon"
 )
-
-// network is what pods are on. In a namespace of its own the bridge is nobody
-// else's; addresses are remembered in the directory given.
-const network = `{"cniVersion": "1.0.0", "name": "critest", "plugins": [
-  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
-   "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.244.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-  {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}]}`
-
-// inside tells the command, run again, that it is in its namespaces.
-const inside = "VMSHIM_CRITEST_INSIDE"
 
 type options struct {
 	focus, skip, modes, out string
@@ -57,10 +44,14 @@ func main() {
 func run(o options) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if os.Getenv(inside) == "" {
-		return again(ctx)
+	code, done, err := daemon.Isolate(ctx)
+	if done && err == nil {
+		return code
 	}
-	ok, err := compare(ctx, o)
+	ok := false
+	if err == nil {
+		ok, err = compare(ctx, o)
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "critest: %v\n", err)
 		return 1
@@ -71,52 +62,8 @@ func run(o options) int {
 	return 0
 }
 
-// again runs the command in new namespaces.
-func again(ctx context.Context) int {
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	err := cmd.Run()
-	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
-		fmt.Fprintf(os.Stderr, "critest: %v\n", err)
-		return 1
-	}
-	return cmd.ProcessState.ExitCode()
-}
-
-// settle makes the namespaces what a host's are: mounts propagate, the loopback
-// device is up. What CNI remembers goes with the namespace.
-func settle() error {
-	const cni = "/var/lib/cni"
-	if err := os.MkdirAll(cni, 0o755); err != nil {
-		return err
-	}
-	for _, m := range []struct {
-		source, target, kind string
-		flags                uintptr
-	}{
-		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE},
-		{"", "/", "", unix.MS_REC | unix.MS_SHARED},
-		{"cni", cni, "tmpfs", 0},
-	} {
-		if err := unix.Mount(m.source, m.target, m.kind, m.flags, ""); err != nil {
-			return &os.PathError{Op: "mount", Path: m.target, Err: err}
-		}
-	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find loopback: %w", err)
-	}
-	return netlink.LinkSetUp(lo)
-}
-
 // compare says whether everything is as it should be.
 func compare(ctx context.Context, o options) (ok bool, err error) {
-	if err := settle(); err != nil {
-		return false, err
-	}
 	dir, err := os.MkdirTemp("", "vmcri")
 	if err != nil {
 		return false, err
@@ -146,7 +93,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 		return false, err
 	}
 	d, err := local.StartCRI(ctx, "2", daemon.CRI{
-		PauseImage: pauseImage, Mirror: mirror, Network: fmt.Sprintf(network, filepath.Join(dir, "addresses")),
+		PauseImage: pauseImage, Mirror: mirror, Network: fmt.Sprintf(daemon.Network, filepath.Join(dir, "addresses")),
 	})
 	if err != nil {
 		return false, err

@@ -29,9 +29,6 @@ type CRI struct {
 	Network string
 }
 
-// A Loopback network has nothing but the loopback device.
-const Loopback = `{"cniVersion": "1.0.0", "name": "loopback", "plugins": [{"type": "loopback"}]}`
-
 // write makes the files that the configuration names.
 func (c *CRI) write(d *Daemon) error {
 	for path, text := range map[string]string{
