@@ -24,7 +24,7 @@ var allowed = map[string][]string{
 	"pkg/hypervisor/qemu": {"internal/cleanup", "pkg/agent/protocol", "pkg/hypervisor", "pkg/vsock"},
 	"pkg/vsock":           {},
 	"pkg/agent":           {"pkg/agent/protocol", "pkg/vsock"},
-	"pkg/network":         {"pkg/agent/protocol", "pkg/hypervisor"},
+	"pkg/network":         {"internal/cleanup", "pkg/agent/protocol"},
 	"pkg/storage":         {"pkg/agent/protocol", "pkg/hypervisor"},
 	"pkg/sandbox":         {"pkg/agent/protocol", "internal/cleanup", "internal/pause", "pkg/agent", "pkg/hypervisor", "pkg/network", "pkg/storage"},
 	"pkg/shim":            {"internal/version", "pkg/agent/protocol", "pkg/config", "pkg/sandbox"},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,6 +24,10 @@ func (still) Shutdown(context.Context) error                 { return nil }
 func (still) Kill() error                                    { return nil }
 func (still) Console() string                                { return "console" }
 func (still) Processes() []hypervisor.Process                { return nil }
+func (still) UnplugNIC(context.Context, string) error        { return nil }
+func (still) PlugNIC(context.Context, hypervisor.NIC, []*os.File, []*os.File) (string, error) {
+	return "", nil
+}
 
 // TestAwaitAgent has an agent that does not say that it serves.
 func TestAwaitAgent(t *testing.T) {

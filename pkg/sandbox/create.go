@@ -50,6 +50,9 @@ func (s *Sandbox) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *
 	if err := checkSpec(cfg.Spec, s.opts.Pod, s.tasksByPID()); err != nil {
 		return nil, err
 	}
+	if err := checkNetwork(cfg.Spec); err != nil {
+		return nil, err
+	}
 	if err := s.reserve(cfg.ID); err != nil {
 		return nil, err
 	}
@@ -105,8 +108,8 @@ func (c *Container) create(ctx context.Context, cfg ContainerConfig) error {
 		return err
 	}
 	for _, step := range []func(context.Context, ContainerConfig) error{
-		c.record, c.mount, c.startTask, c.runCreateHooks,
-		c.awaitSandbox, c.makeRoom, c.createInGuest, c.openStreams,
+		c.record, c.mount, c.startTask, c.runCreateHooks, c.joinNetwork,
+		c.awaitSandbox, c.configureNetwork, c.makeRoom, c.createInGuest, c.openStreams,
 	} {
 		if err := step(ctx, cfg); err != nil {
 			return err
@@ -224,6 +227,14 @@ func (c *Container) runCreateHooks(ctx context.Context, cfg ContainerConfig) err
 	return runHooks(ctx, "createRuntime", hooks.CreateRuntime, state, timeout)
 }
 
+// joinNetwork plugs what the hooks, or whoever made the namespace, put there.
+func (c *Container) joinNetwork(ctx context.Context, _ ContainerConfig) error {
+	if path := netnsOf(c.spec); path != "" {
+		return c.s.network.join(ctx, path, true)
+	}
+	return c.s.network.join(ctx, fmt.Sprintf("/proc/%d/ns/net", c.pid), false)
+}
+
 // runStopHooks runs those of the end, when all else is gone.
 func (c *Container) runStopHooks(ctx context.Context) {
 	if c.hooked {
@@ -250,6 +261,10 @@ func (c *Container) makeRoom(ctx context.Context, cfg ContainerConfig) error {
 	})
 	c.s.fit(ctx)
 	return nil
+}
+
+func (c *Container) configureNetwork(ctx context.Context, _ ContainerConfig) error {
+	return c.s.network.configure(ctx)
 }
 
 func (c *Container) createInGuest(ctx context.Context, _ ContainerConfig) error {

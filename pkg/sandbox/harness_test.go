@@ -67,6 +67,13 @@ func (m *machine) Processes() []hypervisor.Process {
 	return []hypervisor.Process{m.proc}
 }
 
+func (m *machine) PlugNIC(_ context.Context, nic hypervisor.NIC, _, _ []*os.File) (string, error) {
+	m.env.point("plug nic " + nic.MAC)
+	return "02/01", nil
+}
+
+func (m *machine) UnplugNIC(context.Context, string) error { return nil }
+
 func (m *machine) Kill() error {
 	_ = m.cmd.Process.Kill()
 	<-m.done

@@ -36,7 +36,11 @@ func Reap(ctx context.Context, dir string) error {
 		}
 		st = &State{}
 	}
+	ns := reapNetwork(ctx, st)
 	errs := []error{reapProcesses(ctx, dir, st)}
+	if ns != nil {
+		errs = append(errs, ns.Detach(st.Network.Links...), ns.Close())
+	}
 	reapHooks(ctx, st)
 	errs = append(errs,
 		storage.RemoveShare(filepath.Join(dir, "share")),

@@ -27,6 +27,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -38,6 +39,7 @@ import (
 	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/network"
 )
 
 // Machine is what a sandbox needs of a running machine; *qemu.VM satisfies it.
@@ -51,6 +53,8 @@ type Machine interface {
 	Kill() error
 	Console() string
 	Processes() []hypervisor.Process
+	PlugNIC(ctx context.Context, nic hypervisor.NIC, taps, vhost []*os.File) (path string, err error)
+	UnplugNIC(ctx context.Context, id string) error
 }
 
 // VMOptions is what a sandbox asks of the function that starts its machine.
@@ -74,6 +78,8 @@ type Config struct {
 	RequestTimeout time.Duration
 	// HookTimeout bounds a hook that has no timeout of its own.
 	HookTimeout time.Duration
+	// Network says how the pod's interfaces become cards.
+	Network network.Config
 }
 
 func (c Config) withDefaults() Config {
@@ -117,10 +123,12 @@ type Options struct {
 
 // A Sandbox is one machine and its containers.
 type Sandbox struct {
-	opts  Options
-	state *store
+	opts    Options
+	state   *store
+	network *podNetwork
 
 	prepared chan struct{} // closed when the host's part is there: Dir, share
+	running  chan struct{} // closed when there is a machine, and an agent to be
 	up       chan struct{} // closed when the guest has the sandbox
 	gone     chan struct{} // closed when the machine is gone, or will never be
 	stopped  chan struct{} // closed when Stop is through
@@ -160,6 +168,7 @@ type guest interface {
 	agent.Lifecycle
 	agent.Containers
 	agent.Processes
+	agent.Network
 	SetGuestDateTime(ctx context.Context, now time.Time) error
 	OnlineCPUMem(ctx context.Context, cpus uint32, cpuOnly bool) error
 }
@@ -182,10 +191,11 @@ func New(opts Options) (*Sandbox, error) {
 		opts.Began = time.Now()
 	}
 	opts.Config = opts.Config.withDefaults()
-	return &Sandbox{
+	s := &Sandbox{
 		opts:       opts,
 		state:      newStore(opts),
 		prepared:   make(chan struct{}),
+		running:    make(chan struct{}),
 		up:         make(chan struct{}),
 		gone:       make(chan struct{}),
 		stopped:    make(chan struct{}),
@@ -193,7 +203,9 @@ func New(opts Options) (*Sandbox, error) {
 		containers: map[string]*Container{},
 		resizing:   make(chan struct{}, 1),
 		limits:     map[string]limits{},
-	}, nil
+	}
+	s.network = newPodNetwork(s)
+	return s, nil
 }
 
 // Dir is where a sandbox keeps its state: root/<16 hex digits>, derived from

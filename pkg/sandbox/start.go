@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,7 +51,7 @@ var errStopped = fmt.Errorf("sandbox was stopped: %w", errdefs.ErrUnavailable)
 // spec (annotations, netns, cgroup path, sizes are taken from it), and creates
 // the sandbox in the guest. On error or cancel nothing is left.
 func (s *Sandbox) Start(ctx context.Context, spec *specs.Spec) (err error) {
-	if err := checkSpec(spec, s.opts.Pod, nil); err != nil {
+	if err := cmp.Or(checkSpec(spec, s.opts.Pod, nil), checkNetwork(spec)); err != nil {
 		return s.neverStarted(fmt.Errorf("start sandbox %q: %w", s.opts.ID, err))
 	}
 	if err := s.claimStart(); err != nil {
@@ -99,7 +100,7 @@ func (s *Sandbox) neverStarted(err error) error {
 func (s *Sandbox) failed(err error, undo *cleanup.Stack) error {
 	s.end(err)
 	s.tasks.Wait()
-	if left := undo.Run(); left != nil {
+	if left := errors.Join(s.network.close(), undo.Run()); left != nil {
 		err = errors.Join(err, left)
 	}
 	s.setErr(err)
@@ -240,6 +241,7 @@ func (s *Sandbox) startMachine(ctx context.Context, _ *specs.Spec, spec *hypervi
 		s.agent.MarkDead(errStopped)
 		return s.agent.Cleanup(context.WithoutCancel(ctx))
 	})
+	close(s.running)
 	return s.state.update(func(st *State) { st.Agent = machine.AgentURL(extension.AgentPort) })
 }
 

@@ -48,6 +48,7 @@ type State struct {
 	// Shim is the process that owns the sandbox, Processes are the machine's.
 	Shim       hypervisor.Process        `json:"shim"`
 	Processes  []hypervisor.Process      `json:"processes,omitempty"`
+	Network    *NetworkState             `json:"network,omitempty"`
 	Cgroup     *CgroupState              `json:"cgroup,omitempty"`
 	Containers map[string]ContainerState `json:"containers,omitempty"`
 	Timeline   []Phase                   `json:"timeline,omitempty"`

@@ -35,11 +35,12 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 	if err := s.powerOff(ctx); err != nil {
 		log.G(ctx).WithError(err).Warn("machine was not stopped gracefully")
 	}
+	left := s.network.close() // before hooks and engines look at it
 	for _, c := range s.created() {
 		c.lost()
 		c.remove(ctx)
 	}
-	err := s.undo.Run()
+	err := errors.Join(left, s.undo.Run())
 	s.closeGone()
 	s.jobs.Wait()
 	if err != nil {

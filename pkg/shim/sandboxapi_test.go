@@ -2,19 +2,38 @@ package shim
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"syscall"
 	"testing"
 
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 )
+
+// netns is a network namespace, which a process keeps.
+func (e *env) netns() string {
+	e.Helper()
+	holder := exec.Command("sleep", "1000")
+	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if err := holder.Start(); err != nil {
+		e.Fatal(err)
+	}
+	e.Cleanup(func() {
+		_ = holder.Process.Kill()
+		_ = holder.Wait()
+	})
+	return fmt.Sprintf("/proc/%d/ns/net", holder.Process.Pid)
+}
 
 // startSandbox makes the sandbox "pod" through the API.
 func (e *env) startSandbox() {
@@ -26,7 +45,7 @@ func (e *env) startSandbox() {
 	config := &runtimeapi.PodSandboxConfig{Hostname: "name"}
 	t := e.TB.(*testing.T)
 	if _, err := e.svc.CreateSandbox(e.Context(), &sandboxapi.CreateSandboxRequest{
-		SandboxID: "pod", BundlePath: bundle, NetnsPath: "/proc/self/ns/net", Options: podOptions(t, config),
+		SandboxID: "pod", BundlePath: bundle, NetnsPath: e.netns(), Options: podOptions(t, config),
 	}); err != nil {
 		e.Fatal(err)
 	}
@@ -167,7 +186,7 @@ func TestSandboxAPIRefused(t *testing.T) {
 	want("another one", errdefs.IsInvalidArgument, err)
 	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod"})
 	want("the host's network", errdefs.IsInvalidArgument, err)
-	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", NetnsPath: "/n"})
+	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", NetnsPath: e.netns()})
 	want("create", func(err error) bool { return err == nil }, err)
 	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", NetnsPath: "/n"})
 	want("create twice", errdefs.IsAlreadyExists, err)

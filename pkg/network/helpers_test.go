@@ -1,0 +1,24 @@
+package network
+
+import (
+	"context"
+	"runtime"
+	"testing"
+)
+
+// lockThread keeps the calling goroutine's thread, which ends with it.
+func lockThread() { runtime.LockOSThread() }
+
+func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
+	return context.WithCancel(t.Context())
+}
+
+func drained(c <-chan struct{}) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range c {
+		}
+	}()
+	return done
+}
