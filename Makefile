@@ -88,6 +88,7 @@ containerds: prereqs
 	@hack/containerd debian >/dev/null
 	@hack/containerd 1 >/dev/null
 	@hack/containerd 2 >/dev/null
+	@hack/critest >/dev/null
 
 .PHONY: test
 test: all unit vm-test shim-test e2e ## everything that is promised, at most 40 minutes
@@ -105,8 +106,13 @@ shim-test: all ## the built shim without containerd
 e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2.x
 	$(MACHINES) -run '^TestE2E' ./test/...
 
+# Two modes of ours beside runc; half an hour on two cores without KVM.
+.PHONY: critest
+critest: all containerds ## CRI's conformance tests, compared with runc: FOCUS=, MODES=vm,vm-sandbox
+	go run ./test/critest -focus '$(FOCUS)' $(if $(MODES),-modes '$(MODES)') -out $(OUT)/critest
+
 .PHONY: test-all
-test-all: test test-kernel fuzz bench ## make test, then what takes longer
+test-all: test test-kernel critest fuzz bench ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,7 +69,7 @@ func program(arch, name string) ([]byte, error) {
 	default:
 		return nil, fmt.Errorf("no pause program for %s", arch)
 	}
-	body := append(data, code...)
+	body := slices.Concat(data, code)
 	size := uint64(headers + len(body))
 	var b bytes.Buffer
 	for _, part := range []any{

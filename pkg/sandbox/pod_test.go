@@ -259,8 +259,10 @@ func TestFit(t *testing.T) {
 		t.Skip("the host is too small")
 	}
 	g := &growing{}
-	s, err := New(Options{ID: "s", Dir: "/nonexistent", Pod: true, Config: Config{Machine: hypervisor.Spec{VCPUs: 1, MemoryMiB: 256}},
-		StartVM: func(context.Context, hypervisor.Spec, VMOptions) (Machine, error) { return nil, nil }})
+	s, err := New(Options{
+		ID: "s", Dir: "/nonexistent", Pod: true, Config: Config{Machine: hypervisor.Spec{VCPUs: 1, MemoryMiB: 256}},
+		StartVM: func(context.Context, hypervisor.Spec, VMOptions) (Machine, error) { return nil, nil },
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,9 @@ package shim
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"strings"
@@ -64,7 +66,10 @@ func (p *podConfig) spec() *specs.Spec {
 			Sysctl: linux.GetSysctls(),
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.NetworkNamespace, Path: p.netns},
-				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
+				{Type: specs.PIDNamespace},
+				{Type: specs.IPCNamespace},
+				{Type: specs.UTSNamespace},
+				{Type: specs.MountNamespace},
 			},
 		},
 	}
@@ -106,7 +111,7 @@ func (p *podConfig) hostname() string {
 // the host, as containerd has it with a pause container.
 func (p *podConfig) files() ([]sandbox.File, error) {
 	hosts, err := os.ReadFile("/etc/hosts")
-	if err != nil && !os.IsNotExist(err) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	resolv, err := p.resolvConf()
@@ -124,7 +129,7 @@ func (p *podConfig) resolvConf() ([]byte, error) {
 	dns := p.config.GetDnsConfig()
 	if dns == nil {
 		b, err := os.ReadFile("/etc/resolv.conf")
-		if os.IsNotExist(err) {
+		if errors.Is(err, fs.ErrNotExist) {
 			return nil, nil
 		}
 		return b, err

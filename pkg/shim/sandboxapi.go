@@ -65,13 +65,13 @@ func (s *service) theSandbox(id string) (*podSandbox, *sandbox.Container, error)
 	return s.pod, s.pod.stand, nil
 }
 
-// started is theSandbox, which must have been started.
-func (s *service) started(id string) (*podSandbox, *sandbox.Container, error) {
-	p, stand, err := s.theSandbox(id)
+// started is what stands for theSandbox, which must have been started.
+func (s *service) started(id string) (*sandbox.Container, error) {
+	_, stand, err := s.theSandbox(id)
 	if err == nil && stand == nil {
 		err = fmt.Errorf("sandbox %q was not started: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	return p, stand, err
+	return stand, err
 }
 
 // CreateSandbox takes the configuration. Nothing is touched.
@@ -172,7 +172,7 @@ func (s *service) StopSandbox(ctx context.Context, r *sandboxapi.StopSandboxRequ
 // WaitSandbox waits for the end of the pod: 0 when it was stopped, 137 when its
 // machine ended.
 func (s *service) WaitSandbox(ctx context.Context, r *sandboxapi.WaitSandboxRequest) (*sandboxapi.WaitSandboxResponse, error) {
-	_, stand, err := s.started(r.GetSandboxID())
+	stand, err := s.started(r.GetSandboxID())
 	if err != nil {
 		return nil, err
 	}
@@ -216,7 +216,7 @@ func (s *service) SandboxStatus(_ context.Context, r *sandboxapi.SandboxStatusRe
 
 // PingSandbox fails when the sandbox does not run.
 func (s *service) PingSandbox(_ context.Context, r *sandboxapi.PingRequest) (*sandboxapi.PingResponse, error) {
-	_, stand, err := s.started(r.GetSandboxID())
+	stand, err := s.started(r.GetSandboxID())
 	if err != nil {
 		return nil, err
 	}
@@ -228,7 +228,7 @@ func (s *service) PingSandbox(_ context.Context, r *sandboxapi.PingRequest) (*sa
 
 // SandboxMetrics are the numbers of the pod.
 func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetricsRequest) (*sandboxapi.SandboxMetricsResponse, error) {
-	_, stand, err := s.started(r.GetSandboxID())
+	stand, err := s.started(r.GetSandboxID())
 	if err != nil {
 		return nil, err
 	}
@@ -248,7 +248,7 @@ func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetri
 // UpdateSandbox has nothing to do: what containers are given, they say
 // themselves, and the machine follows them.
 func (s *service) UpdateSandbox(_ context.Context, r *sandboxapi.UpdateSandboxRequest) (*sandboxapi.UpdateSandboxResponse, error) {
-	if _, _, err := s.started(r.GetSandboxID()); err != nil {
+	if _, err := s.started(r.GetSandboxID()); err != nil {
 		return nil, err
 	}
 	return &sandboxapi.UpdateSandboxResponse{}, nil

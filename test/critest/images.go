@@ -85,7 +85,8 @@ func images(ctx context.Context, work string) (map[string]*ociimage.Layout, erro
 	made := map[string]*ociimage.Layout{}
 	for _, image := range all {
 		image.Files = append([]ociimage.File{
-			{Path: "bin/pgrep", Mode: 0o755, Content: []byte(pgrep)}, {Path: "bin/ipcs", Mode: 0o755, Content: []byte(ipcs)},
+			{Path: "bin/pgrep", Mode: 0o755, Content: []byte(pgrep)},
+			{Path: "bin/ipcs", Mode: 0o755, Content: []byte(ipcs)},
 			{Path: "var/run/.keep", Mode: 0o644},
 		}, image.Files...)
 		if made[image.Name], err = ociimage.New(ctx, image, ociimage.Busybox); err != nil {

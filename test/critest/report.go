@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// A result has the outcome of each test: passed, failed, skipped, …
+// A result has the outcome of each test: passed, failed, skipped.
 type result map[string]string
 
 const passed = "passed"
@@ -59,7 +59,7 @@ func parseReport(text []byte) (result, error) {
 const maxExceptions = 5
 
 // exceptionsTitle heads the table of the documentation that has them.
-const exceptionsTitle = "| critest |"
+const exceptionsTitle = "| critest | why"
 
 // exceptions reads from the documentation which tests need not pass, and why.
 func exceptions(path string) (map[string]string, error) {
@@ -79,7 +79,7 @@ func exceptions(path string) (map[string]string, error) {
 			inTable = false
 			continue
 		}
-		if name := strings.TrimSpace(cells[1]); strings.Trim(name, "-") != "" {
+		if name := strings.TrimSpace(cells[1]); strings.Trim(name, "-") != "" { // not the line below the title
 			found[name] = strings.TrimSpace(cells[2])
 		}
 	}

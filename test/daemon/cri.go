@@ -78,7 +78,7 @@ func (c *CRI) config(d *Daemon) string {
 }
 
 func runtimes(plugin, sandboxAPI string) string {
-	text := ""
+	var text strings.Builder
 	for _, name := range []string{HandlerRunc, HandlerVM, sandboxAPI} {
 		if name == "" {
 			continue
@@ -88,11 +88,11 @@ func runtimes(plugin, sandboxAPI string) string {
 		case HandlerRunc:
 			kind, extra = "io.containerd.runc.v2", ""
 		case sandboxAPI:
-			extra += "  sandboxer = 'shim'\n"
+			extra += "  sandboxer = 'shim'\n  disable_pause_image_pull = true\n"
 		}
-		text += fmt.Sprintf("[plugins.'%s'.containerd.runtimes.%s]\n  runtime_type = '%s'\n%s", plugin, name, kind, extra)
+		fmt.Fprintf(&text, "[plugins.'%s'.containerd.runtimes.%s]\n  runtime_type = '%s'\n%s", plugin, name, kind, extra)
 	}
-	return text
+	return text.String()
 }
 
 // Crictl is the client of CRI, talking to this daemon.
