@@ -34,7 +34,7 @@ var allowed = map[string][]string{
 	"internal/pause":      {},
 	"guest":               {"internal/guest"}, // the image has an index that the guest reads
 	"internal/version":    {},
-	"internal/cli":        {"internal/version", "pkg/agent/protocol", "pkg/agent", "pkg/config", "pkg/hypervisor/qemu", "pkg/sandbox"},
+	"internal/cli":        {"internal/version", "pkg/agent/protocol", "pkg/agent", "pkg/config", "pkg/hypervisor/qemu", "pkg/network", "pkg/sandbox"},
 	"internal/vmtest":     nil,
 	"internal/arch":       {},
 	"cmd":                 nil, // nil: anything

@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmshim/vmshim/pkg/config"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+	"github.com/vmshim/vmshim/pkg/network"
 )
 
 // The outcomes of a check.
@@ -47,6 +48,7 @@ func check(ctx context.Context, c *call) error {
 	}
 	r.configuration(c.configPath, cfg)
 	r.machine(ctx, cfg)
+	r.network(cfg.Sandbox.Network)
 	r.file("kernel", cfg.Sandbox.Machine.Kernel)
 	r.file("initrd", cfg.Sandbox.Machine.Initrd)
 	r.shim()
@@ -143,6 +145,25 @@ func (r *report) machine(ctx context.Context, cfg config.Config) {
 	}
 	for _, w := range host.Warnings {
 		r.add("machine", statusWarning, "%s", w)
+	}
+}
+
+// network tries what the shim does with a pod's interface.
+func (r *report) network(cfg network.Config) {
+	if cfg.Model == network.None {
+		r.add("network", statusOK, "none, as configured")
+		return
+	}
+	vhost, err := network.Try(cfg)
+	switch {
+	case errors.Is(err, unix.EPERM) && os.Geteuid() != 0:
+		r.add("network", statusWarning, "not tried: %v", err)
+	case err != nil:
+		r.add("network", statusMissing, "%s: %v", cfg.Model, err)
+	case !vhost:
+		r.add("network", statusOK, "%s; QEMU moves the packets (no vhost-net)", cfg.Model)
+	default:
+		r.add("network", statusOK, "%s, vhost-net", cfg.Model)
 	}
 }
 

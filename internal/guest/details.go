@@ -25,7 +25,7 @@ func (s *service) GetGuestDetails(_ context.Context, req *protocol.GuestDetailsR
 		DeviceHandlers:  slices.Sorted(maps.Keys(deviceHandlers)),
 		StorageHandlers: slices.Sorted(maps.Keys(mounters)),
 		SupportsSeccomp: seccomp.Enabled,
-		ExtraFeatures:   []string{extension.FeatureExtension, extension.FeatureStreams},
+		ExtraFeatures:   []string{extension.FeatureExtension, extension.FeatureStreams, extension.FeatureConnect},
 	}}
 	if req.GetMemBlockSize() {
 		size, err := blockSize()

@@ -143,11 +143,17 @@ func mountNamespace(mount func() error) (*namespace, error) {
 }
 
 // onThread calls f on a thread of its own that ends afterwards, whatever f did
-// to it.
+// to it. That is never the process' first one: it cannot end, and is what
+// /proc/PID shows.
 func onThread(f func() error) error {
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlock
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onThread(f) // on another one, as this is taken
+			return
+		}
 		done <- f()
 	}()
 	return <-done

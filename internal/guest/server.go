@@ -31,7 +31,8 @@ type server struct {
 	cfg        Config
 	sandbox    *sandbox
 	rpc        *ttrpc.Server
-	handshakes sync.WaitGroup // stream connections without a container yet
+	handshakes sync.WaitGroup // stream connections without a container
+	connects   chan struct{}  // those into the containers' network
 }
 
 // Serve serves until DestroySandbox was carried out, and then returns nil: the
@@ -54,7 +55,7 @@ func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err erro
 	if err != nil {
 		return errors.Join(err, rpc.Close(), streams.Close(), watch.close())
 	}
-	s := &server{cfg: cfg, sandbox: newSandbox(cfg, watch, events)}
+	s := &server{cfg: cfg, sandbox: newSandbox(cfg, watch, events), connects: make(chan struct{}, maxConnects)}
 	if s.rpc, err = newRPC(s); err != nil {
 		return errors.Join(err, rpc.Close(), streams.Close(), watch.close(), events.close())
 	}

@@ -41,7 +41,8 @@ func (s *server) serveStreams(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// acceptStream reads the header and hands the connection to its container.
+// acceptStream reads the header and hands the connection to its container, or
+// carries it on itself.
 func (s *server) acceptStream(ctx context.Context, conn net.Conn) {
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
@@ -51,7 +52,13 @@ func (s *server) acceptStream(ctx context.Context, conn net.Conn) {
 		refuse(conn, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err))
 		return
 	}
-	if err := s.openStream(ctx, conn, header); err != nil {
+	open := s.openStream
+	if header.Stream == extension.Connect {
+		open = func(ctx context.Context, conn net.Conn, h extension.StreamHeader) error {
+			return s.connect(ctx, conn, h.ContainerID)
+		}
+	}
+	if err := open(ctx, conn, header); err != nil {
 		log.G(ctx).WithError(err).WithField("container_id", header.ContainerID).Debug("stream refused")
 		refuse(conn, err)
 	}

@@ -183,6 +183,7 @@ type Capabilities struct {
 	Version      string // the agent's own
 	Extension    bool   // the Extension service is there
 	ByteStreams  bool   // a connection per stream is there
+	Connect      bool   // connections into the containers' network are there
 	Seccomp      bool
 	BlockDevices bool
 	SharedFS     bool

@@ -66,6 +66,7 @@ func capabilities(d *protocol.AgentDetails) Capabilities {
 		Version:      d.GetVersion(),
 		Extension:    feature(extension.FeatureExtension),
 		ByteStreams:  feature(extension.FeatureStreams),
+		Connect:      feature(extension.FeatureConnect),
 		Seccomp:      d.GetSupportsSeccomp(),
 		BlockDevices: storage("blk", "scsi", "mmioblk", "nvdimm"),
 		SharedFS:     storage("virtio-fs"),

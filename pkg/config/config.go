@@ -128,6 +128,9 @@ func (c Config) Validate() error {
 		bad("machine: %w", err)
 	}
 	errs = append(errs, validateQEMU(c.QEMU)...)
+	if err := c.Sandbox.Network.Validate(); err != nil {
+		bad("network: %w", err)
+	}
 	for key, d := range map[string]time.Duration{
 		"start": c.Sandbox.StartTimeout, "stop": c.Sandbox.StopTimeout,
 		"request": c.Sandbox.RequestTimeout, "hook": c.Sandbox.HookTimeout,

@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+	"github.com/vmshim/vmshim/pkg/network"
 	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
@@ -21,6 +22,7 @@ type file struct {
 	Annotations []string     `toml:"annotations"`
 	Machine     fileMachine  `toml:"machine"`
 	QEMU        fileQEMU     `toml:"qemu"`
+	Network     fileNetwork  `toml:"network"`
 	Timeouts    fileTimeouts `toml:"timeouts"`
 }
 
@@ -44,6 +46,11 @@ type fileQEMU struct {
 	UIDBase          uint32 `toml:"uid_base"`
 }
 
+type fileNetwork struct {
+	Model    string `toml:"model"`
+	VhostNet string `toml:"vhost_net"`
+}
+
 type fileTimeouts struct {
 	Start   duration `toml:"start"`
 	Stop    duration `toml:"stop"`
@@ -62,6 +69,7 @@ func defaults() file {
 			// Above what distributions, useradd and systemd-nspawn hand out.
 			UIDBase: 2_000_000_000,
 		},
+		Network: fileNetwork{Model: string(network.TC), VhostNet: "auto"},
 		Timeouts: fileTimeouts{
 			Start:   duration(60 * time.Second),
 			Stop:    duration(10 * time.Second),
@@ -103,6 +111,7 @@ func (f file) config() Config {
 			StopTimeout:    time.Duration(f.Timeouts.Stop),
 			RequestTimeout: time.Duration(f.Timeouts.Request),
 			HookTimeout:    time.Duration(f.Timeouts.Hook),
+			Network:        network.Config{Model: network.Model(f.Network.Model), Vhost: f.Network.VhostNet},
 		},
 	}
 }

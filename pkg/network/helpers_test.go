@@ -2,12 +2,8 @@ package network
 
 import (
 	"context"
-	"runtime"
 	"testing"
 )
-
-// lockThread keeps the calling goroutine's thread, which ends with it.
-func lockThread() { runtime.LockOSThread() }
 
 func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
 	return context.WithCancel(t.Context())

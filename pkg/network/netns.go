@@ -96,17 +96,30 @@ func (n *Namespace) control(f func(fd int) error) error {
 	return ferr
 }
 
-// inside calls f on a thread in the namespace, which ends afterwards.
+// inside calls f on a thread in the namespace.
 func (n *Namespace) inside(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlock
-		done <- n.control(func(fd int) error {
+	return onThread(func() error {
+		return n.control(func(fd int) error {
 			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 				return fmt.Errorf("enter network namespace: %w", err)
 			}
 			return f()
 		})
+	})
+}
+
+// onThread calls f on a thread that ends afterwards, whatever f did to it. That
+// is never the process' first one: it cannot end, and is what /proc/PID shows.
+func onThread(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onThread(f) // on another one, as this is taken
+			return
+		}
+		done <- f()
 	}()
 	return <-done
 }

@@ -22,29 +22,12 @@ type pod struct {
 	other *Namespace
 }
 
-func newNamespace(t *testing.T) *Namespace {
+func testNamespace(t *testing.T) *Namespace {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: run as root")
 	}
-	var f *os.File
-	done := make(chan error)
-	go func() {
-		done <- func() error {
-			lockThread()
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return err
-			}
-			var err error
-			f, err = os.Open("/proc/thread-self/ns/net")
-			return err
-		}()
-	}()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	n, err := Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	n, err := newNamespace()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +41,7 @@ func newNamespace(t *testing.T) *Namespace {
 
 func newPod(t *testing.T) *pod {
 	t.Helper()
-	return &pod{newNamespace(t), t, newNamespace(t)}
+	return &pod{testNamespace(t), t, testNamespace(t)}
 }
 
 func (p *pod) must(err error) {
@@ -361,4 +344,13 @@ func TestWatch(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Error("the watch does not end")
 	}
+}
+
+func TestTry(t *testing.T) {
+	testNamespace(t)
+	vhost, err := Try(Config{})
+	if err != nil {
+		t.Error(err)
+	}
+	t.Logf("vhost-net: %v", vhost)
 }

@@ -77,12 +77,12 @@ func (l Link) excluded() string {
 	switch {
 	case !l.Up, l.Name == "lo", strings.HasPrefix(l.Alias, aliasPrefix):
 		return silently
-	case !l.Ether || l.MAC == "":
-		return fmt.Sprintf("a %s carries no Ethernet frames", l.Kind)
-	case l.Master != 0:
-		return "is a port of another one"
 	case l.Kind == "bridge" || l.Kind == "ifb":
 		return fmt.Sprintf("a %s has its traffic inside the host", l.Kind)
+	case l.Master != 0:
+		return "is a port of another one"
+	case !l.Ether || l.MAC == "":
+		return fmt.Sprintf("a %s carries no Ethernet frames", l.Kind)
 	}
 	return ""
 }

@@ -79,12 +79,13 @@ type podNetwork struct {
 	life context.Context // of the goroutine that follows
 	quit context.CancelFunc
 
-	ns     *network.Namespace // nil: not joined
-	undo   cleanup.Stack      // of joining
-	cards  []*card
-	routes *protocol.Routes       // that the guest has
-	neighs *protocol.ARPNeighbors // that the guest was told
-	told   bool                   // the guest was told everything once
+	ns        *network.Namespace // nil: not joined
+	undo      cleanup.Stack      // of joining
+	cards     []*card
+	routes    *protocol.Routes       // that the guest has
+	neighs    *protocol.ARPNeighbors // that the guest was told
+	told      bool                   // the guest was told everything once
+	forwarded bool                   // ports are, or cannot be
 }
 
 // A card is a link that the machine has.
@@ -195,7 +196,7 @@ func (n *podNetwork) leave() error {
 		links = append(links, c.LinkID)
 	}
 	err := errors.Join(n.ns.Detach(links...), n.undo.Run())
-	n.ns, n.cards, n.routes, n.neighs, n.told = nil, nil, nil, nil, false
+	n.ns, n.cards, n.routes, n.neighs, n.told, n.forwarded = nil, nil, nil, nil, false, false
 	return err
 }
 
@@ -350,6 +351,10 @@ func (n *podNetwork) tell(ctx context.Context) error {
 			return n.s.because(err)
 		}
 		n.routes = routes
+	}
+	if len(names) > 0 && !n.forwarded {
+		n.forwarded = true
+		n.forward(ctx)
 	}
 	if len(neighs.ARPNeighbors) > 0 && !proto.Equal(neighs, n.neighs) {
 		if err := n.s.agent.AddARPNeighbors(ctx, neighs.ARPNeighbors); err != nil {

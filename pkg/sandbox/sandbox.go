@@ -27,6 +27,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -171,6 +172,7 @@ type guest interface {
 	agent.Network
 	SetGuestDateTime(ctx context.Context, now time.Time) error
 	OnlineCPUMem(ctx context.Context, cpus uint32, cpuOnly bool) error
+	Connect(ctx context.Context, tcp *net.TCPConn, to netip.AddrPort) error
 }
 
 // New allocates; nothing runs yet.

@@ -629,7 +629,7 @@ func TestRootStartFails(t *testing.T) {
 	s = e.sandbox()
 	spec := testSpec()
 	spec.Linux.Namespaces = nil
-	fails(t, s.Start(t.Context(), spec), errdefs.ErrInvalidArgument, "network namespace")
+	fails(t, s.Start(t.Context(), spec), errdefs.ErrInvalidArgument, "host's network")
 	ended(t, "sandbox", s.Done())
 	e.clean()
 

@@ -79,9 +79,12 @@ func checkSpec(spec *specs.Spec, pod bool, tasks map[int]*Container) error {
 	if linux == nil {
 		linux = &specs.Linux{}
 	}
-	for _, kind := range []specs.LinuxNamespaceType{specs.NetworkNamespace, specs.PIDNamespace, specs.IPCNamespace} {
-		if pod && kind != specs.NetworkNamespace {
-			continue // the pod's stands in
+	if !hasNamespace(linux.Namespaces, specs.NetworkNamespace) {
+		return errHostNetwork
+	}
+	for _, kind := range []specs.LinuxNamespaceType{specs.PIDNamespace, specs.IPCNamespace} {
+		if pod {
+			break // the pod's stand in
 		}
 		if !hasNamespace(linux.Namespaces, kind) {
 			return fmt.Errorf("the host's %s namespace is out of a machine's reach: %w", kind, errdefs.ErrInvalidArgument)

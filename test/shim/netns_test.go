@@ -67,11 +67,16 @@ func (n *netns) unmount(h *host) {
 	}
 }
 
-// onThread calls f on a thread that ends afterwards.
+// onThread calls f on a thread that ends afterwards, which the first one can't.
 func onThread(f func() error) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onThread(f)
+			return
+		}
 		done <- f()
 	}()
 	return <-done
@@ -321,4 +326,3 @@ func (t *tasks) waitFor(command string) {
 		t.Errorf("%s: %s\n%s", command, out, t.sh("ip addr; ip route; ip -6 route"))
 	}
 }
-

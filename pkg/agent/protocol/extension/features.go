@@ -14,6 +14,9 @@ const (
 	FeatureExtension = "vmshim.extension.v1"
 	// FeatureStreams says that StreamPort accepts streams.
 	FeatureStreams = "vmshim.streams.v1"
+	// FeatureConnect says that StreamPort connects to ports in the containers'
+	// network.
+	FeatureConnect = "vmshim.connect.v1"
 )
 
 // ReadyParam is the kernel parameter that asks the agent to say that it

@@ -20,6 +20,9 @@ const (
 	Stdin  = 0
 	Stdout = 1
 	Stderr = 2
+	// Connect is no stream of a process: the connection is carried on by Splice.
+	// ContainerID is the address and port to connect to, ExecID empty.
+	Connect = 3
 )
 
 // Limits of the stream protocol.
@@ -70,7 +73,7 @@ func ReadStreamHeader(r io.Reader) (StreamHeader, error) {
 	if _, err := io.ReadFull(r, b[:]); err != nil {
 		return StreamHeader{}, err
 	}
-	if [4]byte(b[:4]) != streamMagic || b[4] > Stderr {
+	if [4]byte(b[:4]) != streamMagic || b[4] > Connect {
 		return StreamHeader{}, fmt.Errorf("%w: header %x", ErrMalformed, b)
 	}
 	h := StreamHeader{Stream: b[4]}
