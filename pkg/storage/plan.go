@@ -189,8 +189,23 @@ func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 		m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
 	}
 	p.Host = append(p.Host, HostMount{Name: name, File: !mode.IsDir(), Bind: b})
+	if mode.IsDir() && watched(source) {
+		p.mountWatched(c.ID, name, m)
+		return nil
+	}
 	p.mountShared(c.ID, name, m)
 	return nil
+}
+
+// watched says that a directory is a volume that the kubelet changes while
+// containers use it, and perhaps watch it: a share tells them of no change.
+func watched(source string) bool {
+	for _, kind := range []string{"configmap", "secret", "projected", "downward-api"} {
+		if strings.Contains(source, "/kubernetes.io~"+kind+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // addHost plans a file system that only the host can reach: it is mounted
@@ -220,6 +235,17 @@ func (p *Plan) addHost(id, name string, m specs.Mount) error {
 // mountShared has the guest bind what the host put at name.
 func (p *Plan) mountShared(id, name string, m specs.Mount) {
 	m.Type, m.Source = "bind", path.Join(GuestDir, id, name)
+	p.Mounts = append(p.Mounts, m)
+}
+
+// mountWatched has the guest bind a copy of that, which it keeps up to date.
+func (p *Plan) mountWatched(id, name string, m specs.Mount) {
+	copied := path.Join(GuestWatched, id, name)
+	p.Storages = append(p.Storages, &protocol.Storage{
+		Driver: "watchable-bind", Source: path.Join(GuestDir, id, name), Fstype: "bind", MountPoint: copied,
+		Options: []string{"bind"},
+	})
+	m.Type, m.Source = "bind", copied
 	p.Mounts = append(p.Mounts, m)
 }
 

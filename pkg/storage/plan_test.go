@@ -216,3 +216,28 @@ func TestPlanRootfs(t *testing.T) {
 		t.Errorf("dir %q, want %q", p.Dir, want)
 	}
 }
+
+func TestPlanWatched(t *testing.T) {
+	const source = "/var/lib/kubelet/pods/x/volumes/kubernetes.io~configmap/c"
+	f := facts
+	f.Modes = map[string]fs.FileMode{source: fs.ModeDir | 0o755, "/bundle/rootfs": fs.ModeDir | 0o755}
+	p, err := NewPlan(Container{
+		ID: "c1", Bundle: "/bundle", Root: &specs.Root{Path: "rootfs"},
+		Mounts: []specs.Mount{{Type: "bind", Source: source, Destination: "/config", Options: []string{"rbind", "ro"}}},
+	}, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Storages) != 1 || p.Storages[0].GetDriver() != "watchable-bind" || p.Storages[0].GetSource() != GuestDir+"/c1/0" {
+		t.Fatalf("storages %v", p.Storages)
+	}
+	want := []specs.Mount{{
+		Type: "bind", Source: p.Storages[0].GetMountPoint(), Destination: "/config", Options: []string{"rbind", "ro"},
+	}}
+	if d := cmp.Diff(want, p.Mounts); d != "" {
+		t.Error(d)
+	}
+	if len(p.Host) != 2 || p.Host[1].Bind.Source != source {
+		t.Errorf("on the host %+v", p.Host)
+	}
+}

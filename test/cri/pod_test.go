@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -30,7 +31,10 @@ func TestE2EPod(t *testing.T) {
 			c.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"10.11.12.13"}, Searches: []string{"pods.test"}}
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
 		})
-		a := p.start("a", nil, "sh", "-c", "echo hello; echo $(hostname) >&2; exec sleep 1000")
+		volume, change := n.configMap()
+		a := p.start("a", func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/config", Readonly: true}}
+		}, "sh", "-c", "echo hello; echo $(hostname) >&2; exec sleep 1000")
 		b := p.start("b", func(c *runtimeapi.ContainerConfig) {
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
 		}, "sleep", "1001")
@@ -62,6 +66,11 @@ func TestE2EPod(t *testing.T) {
 			n.Errorf("log %q", got)
 		}
 		n.wantStats(b)
+		if got := n.exec(a, "cat", "/config/key"); got != "one" {
+			n.Errorf("the volume has %q", got)
+		}
+		change()
+		n.exec(a, "sh", "-c", "until [ $(cat /config/key) = two ]; do sleep 0.1; done")
 
 		before := n.memory(a)
 		n.crictl("update", "--memory", strconv.Itoa(256<<20), b)
@@ -87,6 +96,33 @@ func TestE2EPod(t *testing.T) {
 		n.crictl("stopp", p.id)
 		n.crictl("rmp", p.id)
 	})
+}
+
+// configMap makes a volume as the kubelet does, and changes it so.
+func (n *node) configMap() (dir string, change func()) {
+	n.Helper()
+	dir = filepath.Join(n.local.Dir, "volumes/kubernetes.io~configmap/map")
+	write := func(generation, value string) {
+		n.Helper()
+		err := os.MkdirAll(filepath.Join(dir, generation), 0o755)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, generation, "key"), []byte(value), 0o644)
+		}
+		if err == nil {
+			err = os.Symlink(generation, filepath.Join(dir, "..next"))
+		}
+		if err == nil {
+			err = os.Rename(filepath.Join(dir, "..next"), filepath.Join(dir, "..data"))
+		}
+		if err != nil {
+			n.Fatal(err)
+		}
+	}
+	write("..1", "one")
+	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
+		n.Fatal(err)
+	}
+	return dir, func() { write("..2", "two") }
 }
 
 // wantStats asks for the numbers of a container.
