@@ -95,6 +95,7 @@ func (n *node) clean() {
 			break
 		}
 	}
+	left = append(left, n.removeCgroups()...)
 	if len(left) > 0 {
 		n.Errorf("left on the host:\n%s", strings.Join(left, "\n"))
 	}
@@ -106,6 +107,29 @@ func (n *node) clean() {
 		return
 	}
 	_ = os.RemoveAll(n.local.Dir)
+}
+
+// cgroupParent is where the pods' groups are. The kubelet makes those of pods and
+// removes them; here nobody else does.
+func cgroupParent() string { return fmt.Sprintf("/vmshim-test-%d", os.Getpid()) }
+
+// removeCgroups removes the groups of pods, and returns those that were not empty.
+func (n *node) removeCgroups() (left []string) {
+	for _, pattern := range []string{"*" + cgroupParent() + "/*", "*" + cgroupParent(), cgroupParent()[1:] + "/*", cgroupParent()[1:]} {
+		dirs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup", pattern))
+		if err != nil {
+			n.Error(err)
+		}
+		for _, dir := range dirs {
+			if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+				continue
+			}
+			if err := os.Remove(dir); err != nil {
+				left = append(left, "cgroup "+err.Error())
+			}
+		}
+	}
+	return left
 }
 
 // try runs crictl with a time limit.
@@ -158,7 +182,7 @@ func (n *node) run(name string, change func(*runtimeapi.PodSandboxConfig)) *pod 
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: name},
 		Hostname:     name,
 		LogDirectory: filepath.Join(n.logs, name),
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: fmt.Sprintf("/vmshim-test-%d/%s", os.Getpid(), name)},
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: filepath.Join(cgroupParent(), name)},
 	}
 	if change != nil {
 		change(config)

@@ -66,6 +66,7 @@ func TestE2EPod(t *testing.T) {
 			n.Errorf("log %q", got)
 		}
 		n.wantStats(b)
+		n.wantPodStats(p.id)
 		if got := n.exec(a, "cat", "/config/key"); got != "one" {
 			n.Errorf("the volume has %q", got)
 		}
@@ -143,6 +144,38 @@ func (n *node) wantStats(id string) {
 	} {
 		if v, err := strconv.ParseUint(value, 10, 64); err != nil || v == 0 || what == "memory" && v > 32<<20 {
 			n.Errorf("%s is %q", what, value)
+		}
+	}
+}
+
+// wantPodStats asks for the numbers of a pod, which are those of its machine.
+func (n *node) wantPodStats(id string) {
+	n.Helper()
+	type number struct{ Value string }
+	var out struct {
+		Stats []struct {
+			Linux struct {
+				CPU     struct{ UsageCoreNanoSeconds number }
+				Memory  struct{ WorkingSetBytes number }
+				Network struct {
+					DefaultInterface struct {
+						Name             string
+						RxBytes, TxBytes number
+					}
+				}
+			}
+		}
+	}
+	text := n.crictl("statsp", "--output", "json", "--id", id)
+	if err := json.Unmarshal([]byte(text), &out); err != nil || len(out.Stats) != 1 {
+		n.Fatalf("statistics of the pod %s: %v", text, err)
+	}
+	l := out.Stats[0].Linux
+	for what, number := range map[string]number{
+		"cpu": l.CPU.UsageCoreNanoSeconds, "memory": l.Memory.WorkingSetBytes, "received": l.Network.DefaultInterface.RxBytes,
+	} {
+		if v, err := strconv.ParseUint(number.Value, 10, 64); err != nil || v == 0 || what == "memory" && v < 32<<20 {
+			n.Errorf("%s of the pod is %q in %s", what, number.Value, text)
 		}
 	}
 }
