@@ -158,12 +158,29 @@ func (c *Container) Kill(ctx context.Context, signal uint32, all bool) error {
 		return nil
 	case c.Status() == Stopped:
 		return fmt.Errorf("kill container %q: %w", c.id, errEnded)
-	case errors.Is(err, context.DeadlineExceeded) && signal == uint32(unix.SIGKILL) && len(c.s.Containers()) == 1:
-		// The machine has nothing else in it: its end is what was asked for.
+	case errors.Is(err, context.DeadlineExceeded) && signal == uint32(unix.SIGKILL) && c.s.hopeless(ctx):
 		c.s.abort(ctx, fmt.Errorf("guest did not kill its container %q within %v", c.id, killTimeout))
 		return nil
 	}
 	return fmt.Errorf("kill container %q: %w", c.id, err)
+}
+
+// hopeless says of a guest that did not kill a container in time whether its
+// machine is to end for it: there is nothing else in it, so that its end is what
+// was asked for, or it does not answer at all.
+func (s *Sandbox) hopeless(ctx context.Context) bool {
+	containers := 0
+	for _, c := range s.created() {
+		if c.pause == nil {
+			containers++
+		}
+	}
+	if containers <= 1 {
+		return true
+	}
+	ctx, cancel := within(ctx, probeTimeout)
+	defer cancel()
+	return s.agent.Check(ctx) != nil
 }
 
 // errEnded is the answer to a signal for what has ended.

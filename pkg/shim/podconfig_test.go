@@ -107,3 +107,28 @@ func TestPodConfigRefused(t *testing.T) {
 		})
 	}
 }
+
+func TestStandsForPod(t *testing.T) {
+	for name, tt := range map[string]struct {
+		annotations map[string]string
+		stands      bool
+		sandbox     string
+	}{
+		"nothing":              {nil, false, "c"},
+		"containerd's pod":     {map[string]string{"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c"}, true, "c"},
+		"containerd's member":  {map[string]string{"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}, false, "p"},
+		"CRI-O's pod":          {map[string]string{"io.kubernetes.cri-o.ContainerType": "sandbox", "io.kubernetes.cri-o.SandboxID": "c"}, true, "c"},
+		"CRI-O's member":       {map[string]string{"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.cri-o.SandboxID": "p"}, false, "p"},
+		"a member of nothing":  {map[string]string{"io.kubernetes.cri.container-type": "container"}, false, "c"},
+		"something in between": {map[string]string{"io.kubernetes.cri.container-type": "other"}, false, "c"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := standsForPod(tt.annotations); got != tt.stands {
+				t.Errorf("stands for a pod: %v", got)
+			}
+			if got := sandboxOf(tt.annotations, "c"); got != tt.sandbox {
+				t.Errorf("goes to %q, want %q", got, tt.sandbox)
+			}
+		})
+	}
+}
