@@ -120,13 +120,14 @@ func (s *Sandbox) resizeCPUs(ctx context.Context, machine resizer, now, want int
 		return nil
 	}
 	got, err := machine.ResizeCPUs(ctx, want)
+	if got > now {
+		// Also when the guest does not take them: it would not the next time.
+		err = errors.Join(err, s.state.update(func(st *State) { st.VCPUs = got }))
+	}
 	if err == nil {
-		err = s.agent.OnlineCPUMem(ctx, uint32(want-now), true)
+		err = s.agent.OnlineCPUMem(ctx, uint32(got-now), true)
 	}
-	if err != nil {
-		return err
-	}
-	return s.state.update(func(st *State) { st.VCPUs = got })
+	return err
 }
 
 func (s *Sandbox) resizeMemory(ctx context.Context, machine resizer, now, want int) error {

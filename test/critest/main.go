@@ -101,6 +101,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	defer func() {
 		_ = os.WriteFile(filepath.Join(o.out, "containerd.log"), []byte(d.Tail(1_000_000)), 0o600)
 		err = errors.Join(err, d.Stop())
+		removeCgroups()
 	}()
 	handlers := append([]string{daemon.HandlerRunc}, strings.Split(o.modes, ",")...)
 	results := map[string]result{}
@@ -114,6 +115,17 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	text, ok := table(results, handlers, allowed, o.focus == "" && o.skip == "")
 	fmt.Print("\n" + text)
 	return ok, os.WriteFile(filepath.Join(o.out, "table.txt"), []byte(text), 0o600)
+}
+
+// removeCgroups removes the groups in which CRI puts pods without a parent of
+// their own, unless somebody uses them.
+func removeCgroups() {
+	for _, pattern := range []string{"*/k8s.io", "k8s.io"} {
+		dirs, _ := filepath.Glob(filepath.Join("/sys/fs/cgroup", pattern)) // the pattern is right
+		for _, dir := range dirs {
+			_ = os.Remove(dir)
+		}
+	}
 }
 
 // serveImages runs the registry, until the command ends.
