@@ -60,7 +60,7 @@ func (l *Local) Config(extra ...string) string {
 
 // Start runs a containerd of the generation with the image imported.
 func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {
-	bin, err := l.hack(ctx, "containerd", generation)
+	bin, err := l.Hack(ctx, "containerd", generation)
 	if err != nil {
 		return nil, err
 	}
@@ -97,8 +97,8 @@ func (l *Local) archive() string { return filepath.Join(l.Dir, "busybox.tar") }
 // ShimConfig is the shim's configuration file.
 func (l *Local) ShimConfig() string { return filepath.Join(l.Dir, "vmshim.toml") }
 
-// hack runs a script of hack/ and returns the line that it prints.
-func (l *Local) hack(ctx context.Context, script string, args ...string) (string, error) {
+// Hack runs a script of hack/ and returns the line that it prints.
+func (l *Local) Hack(ctx context.Context, script string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(l.Root, "hack", script), args...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
