@@ -145,7 +145,7 @@ func serveImages(ctx context.Context, work string) (url string, err error) {
 
 // critest runs it on a runtime handler.
 func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string) (result, error) {
-	tools, err := local.Tools(ctx, "critest")
+	tools, err := local.Hack(ctx, "critest")
 	if err != nil {
 		return nil, err
 	}
