@@ -88,6 +88,11 @@ containerds: prereqs
 	@hack/containerd debian >/dev/null
 	@hack/containerd 1 >/dev/null
 	@hack/containerd 2 >/dev/null
+	@hack/critest >/dev/null
+
+.PHONY: nerdctl
+nerdctl: prereqs
+	@hack/nerdctl >/dev/null
 
 .PHONY: test
 test: all unit vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
@@ -102,16 +107,21 @@ shim-test: all ## the built shim without containerd
 	$(MACHINES) -run '^TestShim' ./pkg/... ./test/...
 
 .PHONY: e2e
-e2e: all containerds ## with containerd: Debian's, the last 1.x and the newest 2.x
+e2e: all containerds nerdctl ## with containerd: Debian's, the last 1.x and the newest 2.x
 	$(MACHINES) -run '^TestE2E' ./test/...
+
+# Two modes of ours beside runc; most of an hour on two cores without KVM.
+.PHONY: critest
+critest: all containerds ## CRI's conformance tests, compared with runc: FOCUS=, MODES=vm,vm-sandbox
+	go run ./test/critest -focus '$(FOCUS)' $(if $(MODES),-modes '$(MODES)') -out $(OUT)/critest
 
 .PHONY: test-all
 test-all: export VMSHIM_TEST_ALL = 1
-test-all: test test-kvm test-kernel fuzz bench bench-kvm ## make test, then what takes longer
+test-all: test test-kvm test-kernel critest fuzz bench bench-kvm ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel
-test-kernel: all kernel containerds ## every test with a machine, on the other kernels
+test-kernel: all kernel containerds nerdctl ## every test with a machine, on the other kernels
 	go run ./guest/mkimage -agent $(BIN)/vmshim-agent -cache $(CACHE)/debs -out $(OUT)/guest-stable -kernel linux-image-cloud-$(shell dpkg --print-architecture)
 	for guest in stable tuned; do \
 		echo "== guest-$$guest"; \

@@ -33,6 +33,7 @@ func commands() []command {
 		{"check", "", "what the shim finds on this host, and what is missing", check},
 		{"console", "ID", "the last lines that a sandbox's guest wrote to its console", console},
 		{"list", "", "the sandboxes", list},
+		{"ps", "ID", "the processes of a container, or of all in a sandbox", ps},
 		{"timeline", "ID", "how a sandbox started, step by step", timeline},
 		{"version", "", "which vmshim this is", showVersion},
 	}

@@ -121,7 +121,9 @@ func (s *service) Pids(_ context.Context, req *extension.PidsRequest) (*extensio
 	names := c.names()
 	resp := &extension.PidsResponse{}
 	for _, pid := range pids {
-		resp.Processes = append(resp.Processes, &extension.ProcessInfo{Pid: uint32(pid), ExecId: names[pid]})
+		info := &extension.ProcessInfo{Pid: uint32(pid), ExecId: names[pid]}
+		describeProcess(info, "/proc")
+		resp.Processes = append(resp.Processes, info)
 	}
 	return resp, nil
 }

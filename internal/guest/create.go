@@ -71,7 +71,11 @@ func (c *container) create(ctx context.Context, req *protocol.CreateContainerReq
 	c.mounts = rootfs
 	c.undo.Add(rootfs.close)
 	spec.Root.Path = c.mountPoint()
-	spec.Linux.Namespaces = c.sandbox.namespaces(spec.Linux.Namespaces, rootfs, req.GetSandboxPidns())
+	pid, err := c.sandbox.pidNamespace(ctx, req.GetSandboxPidns(), req.GetPidNamespaceOf())
+	if err != nil {
+		return err
+	}
+	spec.Linux.Namespaces = c.sandbox.namespaces(spec.Linux.Namespaces, rootfs, pid)
 	c.ownPID = pathOf(spec.Linux.Namespaces, specs.PIDNamespace) == ""
 	if c.lib, err = c.makeContainer(spec); err != nil {
 		return err
@@ -95,7 +99,6 @@ func (c *container) create(ctx context.Context, req *protocol.CreateContainerReq
 		return err
 	}
 	c.undo.Add(func() error { unwatch(); c.sandbox.oom.drop(c.id); return nil })
-	c.sandbox.sharePID(p)
 	// It may have died already; that is for StartContainer to say.
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -38,6 +38,9 @@ type sandbox struct {
 	setup lock          // held by CreateSandbox and DestroySandbox
 	undo  cleanup.Stack // what CreateSandbox did; guarded by setup
 
+	pids     lock      // held while the shared pid namespace is made or joined
+	pidOwner *pidOwner // nil: nobody wanted it yet; guarded by pids
+
 	hotplug      lock // held while CPUs and memory come online
 	memoryBlocks int  // how many there were; guarded by hotplug
 
@@ -46,7 +49,6 @@ type sandbox struct {
 	net        *namespace            // the network's; guarded by mu
 	pinned     *pinned               // guarded by mu; nil: there is no sandbox
 	hooks      configs.Hooks         // of the guest, for every container; guarded by mu
-	pidOwner   *process              // the first process of the shared pid namespace; guarded by mu
 	containers map[string]*container // guarded by mu
 	closing    bool                  // guarded by mu
 
@@ -58,7 +60,7 @@ func newSandbox(cfg Config, w *watcher, u *uevents) *sandbox {
 	blocks, _ := filepath.Glob(filepath.Join(d.memory(), "memory[0-9]*")) // the pattern is right
 	return &sandbox{
 		cfg: cfg, watcher: w, oom: newOOMQueue(), devices: d, storages: newStorages(cfg, d),
-		network: newNetwork(d), setup: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
+		network: newNetwork(d), setup: newLock(), pids: newLock(), hotplug: newLock(), memoryBlocks: len(blocks),
 		containers: map[string]*container{}, destroyed: make(chan struct{}),
 	}
 }
@@ -234,9 +236,9 @@ func (b *sandbox) all() []*container {
 }
 
 // namespaces are those of a container: the sandbox's, its own mount and control
-// group namespaces, a pid namespace of its own or the shared one, and user and
-// time namespaces if it wants them.
-func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, sharedPID bool) []specs.LinuxNamespace {
+// group namespaces, the pid namespace with the given path or one of its own, and
+// user and time namespaces if it wants them.
+func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, pid string) []specs.LinuxNamespace {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	list := []specs.LinuxNamespace{
@@ -245,12 +247,8 @@ func (b *sandbox) namespaces(want []specs.LinuxNamespace, mnt *namespace, shared
 		{Type: specs.IPCNamespace, Path: b.pinned.ipc.path()},
 		{Type: specs.UTSNamespace, Path: b.pinned.uts.path()},
 		{Type: specs.CgroupNamespace},
+		{Type: specs.PIDNamespace, Path: pid},
 	}
-	pid := specs.LinuxNamespace{Type: specs.PIDNamespace}
-	if sharedPID {
-		pid.Path = b.sharedPIDLocked()
-	}
-	list = append(list, pid)
 	if slices.ContainsFunc(want, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
 		list = append(list, specs.LinuxNamespace{Type: specs.UserNamespace})
 	}
@@ -285,24 +283,6 @@ func (b *sandbox) guestHooks() configs.Hooks {
 	return b.hooks
 }
 
-// sharePID makes the pid namespace of the first container, or of the first one
-// since that died, the one that others can share.
-func (b *sandbox) sharePID(p *process) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.pidOwner == nil || b.pidOwner.ended() {
-		b.pidOwner = p
-	}
-}
-
-// sharedPIDLocked is the path of that namespace; a dead one cannot be joined.
-func (b *sandbox) sharedPIDLocked() string {
-	if b.pidOwner == nil || b.pidOwner.ended() {
-		return ""
-	}
-	return fmt.Sprintf("/proc/%d/ns/pid", b.pidOwner.pid)
-}
-
 // DestroySandbox implements the protocol. Serve returns after it.
 func (s *service) DestroySandbox(ctx context.Context, _ *protocol.DestroySandboxRequest) (*emptypb.Empty, error) {
 	if err := s.sandbox.setup.acquire(ctx); err != nil {
@@ -335,6 +315,11 @@ func (b *sandbox) destroy(ctx context.Context) {
 		})
 	}
 	removals.Wait()
+	if err := b.pids.acquire(ctx); err == nil {
+		_ = b.pidOwner.close()
+		b.pidOwner = nil
+		b.pids.release()
+	}
 	if err := errors.Join(b.undo.Run(), b.network.close()); err != nil {
 		log.G(ctx).WithError(err).Warn("sandbox not cleaned up")
 	}

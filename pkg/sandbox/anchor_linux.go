@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/pause"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -124,7 +125,7 @@ func becomeAnchor(args []string) error {
 		return err
 	}
 	// Before the namespaces change: /proc is out of reach afterwards.
-	program, err := pauseProgram()
+	program, err := pause.Open("vmshim-anchor")
 	if err != nil {
 		return err
 	}

@@ -1,21 +1,17 @@
 package sandbox
 
 import (
-	"bytes"
 	"context"
-	"debug/elf"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
@@ -138,63 +134,6 @@ func TestRootAnchorFails(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	_, err = startAnchor(ctx, anchorPlan{Root: t.TempDir()}, "MARK=1", func(hypervisor.Process) error { cancel(); return nil })
 	fails(t, err, context.Canceled)
-}
-
-func TestPauseELF(t *testing.T) {
-	for _, arch := range []string{"amd64", "arm64"} {
-		t.Run(arch, func(t *testing.T) {
-			b, err := pauseELF(arch)
-			if err != nil {
-				t.Fatal(err)
-			}
-			f, err := elf.NewFile(bytes.NewReader(b))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if n := len(f.Progs); n != 1 {
-				t.Fatalf("%d segments", n)
-			}
-			if p := f.Progs[0]; f.Entry < p.Vaddr || f.Entry >= p.Vaddr+p.Filesz || p.Filesz != uint64(len(b)) || f.Entry%4 != 0 {
-				t.Errorf("entry %#x is not in %+v", f.Entry, p)
-			}
-		})
-	}
-	if _, err := pauseELF("mips"); err == nil {
-		t.Error("a program for mips")
-	}
-}
-
-// TestPauseRuns runs the one for this machine.
-func TestPauseRuns(t *testing.T) {
-	b, err := pauseELF(runtime.GOARCH)
-	if err != nil {
-		t.Skip(err)
-	}
-	path := filepath.Join(t.TempDir(), "pause")
-	if err := os.WriteFile(path, b, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(path)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	for comm := ""; comm != "vmshim-anchor\n"; { // it is there once it has run
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		comm = string(b)
-	}
-	if state, _, err := stat(cmd.Process.Pid); err != nil || state == 'Z' {
-		t.Errorf("state %c: %v", state, err)
-	}
-	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
-		t.Error(err)
-	}
-	var exit *exec.ExitError
-	if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
-		t.Errorf("ended with %v", err)
-	}
 }
 
 func TestAnchorMainMisused(t *testing.T) {

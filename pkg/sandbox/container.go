@@ -41,6 +41,7 @@ type Container struct {
 	request *protocol.CreateContainerRequest // until it was sent
 	pid     int
 	hooked  bool
+	pause   *standIn      // nil, but for the container that stands for a pod
 	undo    cleanup.Stack // for remove
 
 	removal sync.Once
@@ -61,7 +62,18 @@ func newContainer(s *Sandbox, cfg ContainerConfig) *Container {
 	}
 	c.init = newProcess(c, "", cfg.Streams)
 	c.init.terminal = cfg.Terminal || cfg.Spec.Process.Terminal
+	if cfg.Pause {
+		c.pause = newStandIn(func() uint32 { return uint32(c.pid) }, c.init.done)
+	}
 	return c
+}
+
+// guest is who has the container.
+func (c *Container) guest() containerGuest {
+	if c.pause != nil {
+		return c.pause
+	}
+	return c.s.agent
 }
 
 // ID is the container's id.
@@ -116,7 +128,7 @@ func (c *Container) start(ctx context.Context) error {
 	if err := c.init.claim("start", Created); err != nil {
 		return err
 	}
-	err := c.s.agent.StartContainer(ctx, c.id)
+	err := c.guest().StartContainer(ctx, c.id)
 	if err != nil {
 		c.init.release(Created)
 		return c.s.because(err)
@@ -140,18 +152,35 @@ func (c *Container) Kill(ctx context.Context, signal uint32, all bool) error {
 		ctx, cancel = context.WithTimeout(ctx, killTimeout)
 		defer cancel()
 	}
-	err := c.s.agent.SignalProcess(ctx, c.id, c.id, signal, all)
+	err := c.guest().SignalProcess(ctx, c.id, c.id, signal, all)
 	switch {
 	case err == nil:
 		return nil
 	case c.Status() == Stopped:
 		return fmt.Errorf("kill container %q: %w", c.id, errEnded)
-	case errors.Is(err, context.DeadlineExceeded) && signal == uint32(unix.SIGKILL) && len(c.s.Containers()) == 1:
-		// The machine has nothing else in it: its end is what was asked for.
+	case errors.Is(err, context.DeadlineExceeded) && signal == uint32(unix.SIGKILL) && c.s.hopeless(ctx):
 		c.s.abort(ctx, fmt.Errorf("guest did not kill its container %q within %v", c.id, killTimeout))
 		return nil
 	}
 	return fmt.Errorf("kill container %q: %w", c.id, err)
+}
+
+// hopeless says of a guest that did not kill a container in time whether its
+// machine is to end for it: there is nothing else in it, so that its end is what
+// was asked for, or it does not answer at all.
+func (s *Sandbox) hopeless(ctx context.Context) bool {
+	containers := 0
+	for _, c := range s.created() {
+		if c.pause == nil {
+			containers++
+		}
+	}
+	if containers <= 1 {
+		return true
+	}
+	ctx, cancel := within(ctx, probeTimeout)
+	defer cancel()
+	return s.agent.Check(ctx) != nil
 }
 
 // errEnded is the answer to a signal for what has ended.
@@ -159,12 +188,12 @@ var errEnded = fmt.Errorf("process has ended: %w", errdefs.ErrNotFound)
 
 // Pause freezes the container.
 func (c *Container) Pause(ctx context.Context) error {
-	return c.toggle(ctx, "pause", Running, Paused, c.s.agent.PauseContainer)
+	return c.toggle(ctx, "pause", Running, Paused, c.guest().PauseContainer)
 }
 
 // Resume thaws it.
 func (c *Container) Resume(ctx context.Context) error {
-	return c.toggle(ctx, "resume", Paused, Running, c.s.agent.ResumeContainer)
+	return c.toggle(ctx, "resume", Paused, Running, c.guest().ResumeContainer)
 }
 
 func (c *Container) toggle(ctx context.Context, what string, from, to Status, do func(context.Context, string) error) error {
@@ -189,13 +218,22 @@ func (c *Container) Update(ctx context.Context, resources *specs.LinuxResources)
 	if resources == nil {
 		return fmt.Errorf("update container %q: no resources: %w", c.id, errdefs.ErrInvalidArgument)
 	}
+	if c.pause != nil {
+		return nil // nothing is limited by it
+	}
 	guest, notes := guestResources(resources)
 	if len(notes) > 0 {
 		log.G(ctx).WithField("left_out", notes).Warn("the guest does not get all that the update names")
 	}
-	if err := c.s.agent.UpdateContainer(ctx, c.id, wireResources(guest)); err != nil {
+	// Room comes before the limit that lets it be used, and goes after the one
+	// that keeps it free.
+	c.s.raiseLimits(c.id, resources)
+	c.s.fit(ctx)
+	if err := c.guest().UpdateContainer(ctx, c.id, wireResources(guest)); err != nil {
 		return fmt.Errorf("update container %q: %w", c.id, c.s.because(err))
 	}
+	c.s.replaceLimits(c.id, resources)
+	c.s.fit(ctx)
 	return nil
 }
 
@@ -221,7 +259,7 @@ func (c *Container) Stats(ctx context.Context) (*protocol.StatsContainerResponse
 }
 
 func (c *Container) askStats(ctx context.Context) error {
-	stats, err := c.s.agent.StatsContainer(ctx, c.id)
+	stats, err := c.guest().StatsContainer(ctx, c.id)
 	if err != nil {
 		return c.s.because(err)
 	}
@@ -250,7 +288,7 @@ func (c *Container) Pids(ctx context.Context) ([]*extension.ProcessInfo, error) 
 	var pids []*extension.ProcessInfo
 	if c.Status() != Stopped {
 		var err error
-		if pids, err = c.s.agent.Pids(ctx, c.id); err != nil {
+		if pids, err = c.guest().Pids(ctx, c.id); err != nil {
 			log.G(ctx).WithError(err).WithField("container_id", c.id).Debug("pids are the last known")
 		}
 	}
@@ -315,7 +353,7 @@ func (c *Container) removeInGuest(ctx context.Context) {
 		_ = await(ctx, c.final)
 	default:
 	}
-	if err := c.s.agent.StopContainer(ctx, c.id); err != nil && c.s.alive() == nil {
+	if err := c.guest().StopContainer(ctx, c.id); err != nil && c.s.alive() == nil {
 		log.G(ctx).WithError(err).WithField("container_id", c.id).Warn("guest did not remove the container")
 	}
 }

@@ -28,6 +28,9 @@ type ContainerConfig struct {
 	Streams agent.StreamSet
 	// Terminal overrides spec.process.terminal, as containerd's request does.
 	Terminal bool
+	// Pause says that the container stands for a pod: nothing of it is in the
+	// guest, and it runs until it is killed.
+	Pause bool
 }
 
 // CreateContainer makes a container, its task process on the host and its
@@ -44,7 +47,7 @@ func (s *Sandbox) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *
 		return nil, err
 	}
 	defer leave()
-	if err := checkSpec(cfg.Spec, s.taskPIDs()); err != nil {
+	if err := checkSpec(cfg.Spec, s.opts.Pod, s.tasksByPID()); err != nil {
 		return nil, err
 	}
 	if err := checkNetwork(cfg.Spec); err != nil {
@@ -89,13 +92,13 @@ func (s *Sandbox) forget(id string) {
 	delete(s.containers, id)
 }
 
-// taskPIDs are those of the containers there are.
-func (s *Sandbox) taskPIDs() map[int]bool {
-	pids := map[int]bool{}
+// tasksByPID are the containers there are, by their task pids.
+func (s *Sandbox) tasksByPID() map[int]*Container {
+	tasks := map[int]*Container{}
 	for _, c := range s.created() {
-		pids[c.PID()] = true
+		tasks[c.PID()] = c
 	}
-	return pids
+	return tasks
 }
 
 // create is the order of creation. What it adds to the container's undo goes
@@ -106,7 +109,7 @@ func (c *Container) create(ctx context.Context, cfg ContainerConfig) error {
 	}
 	for _, step := range []func(context.Context, ContainerConfig) error{
 		c.record, c.mount, c.startTask, c.runCreateHooks, c.joinNetwork,
-		c.awaitSandbox, c.configureNetwork, c.createInGuest, c.openStreams,
+		c.awaitSandbox, c.configureNetwork, c.makeRoom, c.createInGuest, c.openStreams,
 	} {
 		if err := step(ctx, cfg); err != nil {
 			return err
@@ -144,8 +147,13 @@ func (c *Container) record(ctx context.Context, cfg ContainerConfig) error {
 // mount puts the container's files below the share, and settles what the guest
 // is told.
 func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
+	if c.pause != nil {
+		c.root = c.s.path(emptyName)
+		return nil
+	}
 	want := storage.Container{
-		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root, Mounts: cfg.Spec.Mounts,
+		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root,
+		Mounts: c.s.addFiles(cfg.Spec), Shm: c.s.shm,
 	}
 	facts, err := storage.Look(c.s.share(), want)
 	if err != nil {
@@ -155,10 +163,11 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 	if err != nil {
 		return err
 	}
-	guest, err := newGuestSpec(cfg.Spec, cfg.ID, cfg.Terminal, plan)
+	guest, err := newGuestSpec(cfg.Spec, cfg.ID, cfg.Terminal, plan, c.s.tasksByPID())
 	if err != nil {
 		return err
 	}
+	guest.addSysctls(c.s.sysctls)
 	if len(guest.notes) > 0 {
 		log.G(ctx).WithField("left_out", guest.notes).Warn("the guest does not get all that the specification names")
 	}
@@ -168,12 +177,13 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 	c.undo.Add(func() error { return storage.Remove(plan.Dir) })
 	c.root = plan.HostRoot()
 	c.request = &protocol.CreateContainerRequest{
-		ContainerId:  cfg.ID,
-		ExecId:       cfg.ID,
-		Storages:     plan.Storages,
-		OCI:          wireSpec(&guest.Spec),
-		SandboxPidns: guest.shared,
-		NoStdin:      !cfg.Streams.Stdin,
+		ContainerId:    cfg.ID,
+		ExecId:         cfg.ID,
+		Storages:       plan.Storages,
+		OCI:            wireSpec(&guest.Spec),
+		SandboxPidns:   guest.shared,
+		PidNamespaceOf: guest.pidOf,
+		NoStdin:        !cfg.Streams.Stdin,
 	}
 	return nil
 }
@@ -238,6 +248,21 @@ func (c *Container) awaitSandbox(ctx context.Context, _ ContainerConfig) error {
 	return await(ctx, c.s.up)
 }
 
+// makeRoom has the machine grow with a pod.
+func (c *Container) makeRoom(ctx context.Context, cfg ContainerConfig) error {
+	if c.pause != nil {
+		return nil
+	}
+	want := resourceLimits(resourcesOf(cfg.Spec))
+	c.s.setLimits(c.id, &want)
+	c.undo.Add(func() error {
+		c.s.setLimits(c.id, nil)
+		return nil
+	})
+	c.s.fit(ctx)
+	return nil
+}
+
 func (c *Container) configureNetwork(ctx context.Context, _ ContainerConfig) error {
 	return c.s.network.configure(ctx)
 }
@@ -252,14 +277,14 @@ func (c *Container) createInGuest(ctx context.Context, _ ContainerConfig) error 
 	})
 	request := c.request
 	c.request = nil
-	if err := c.s.agent.CreateContainer(ctx, request); err != nil {
+	if err := c.guest().CreateContainer(ctx, request); err != nil {
 		return c.s.because(err)
 	}
 	return nil
 }
 
 func (c *Container) openStreams(ctx context.Context, cfg ContainerConfig) error {
-	streams, err := c.s.agent.Streams(ctx, c.id, c.id, cfg.Streams)
+	streams, err := c.guest().Streams(ctx, c.id, c.id, cfg.Streams)
 	if err != nil {
 		return fmt.Errorf("open streams: %w", c.s.because(err))
 	}

@@ -150,7 +150,11 @@ func (s *Sandbox) joinCgroup(ctx context.Context, spec *specs.Spec, m *hyperviso
 		defer cancel()
 		return removeCgroup(ctx, &st)
 	})
-	g, err := makeCgroup(st, hostLimits(resourcesOf(spec), m.MemoryMiB))
+	limits := hostLimits(resourcesOf(spec), m.MemoryMiB)
+	if s.opts.Pod {
+		limits.Memory.Limit = nil // the machine grows; the pod's own group, above, has the limit
+	}
+	g, err := makeCgroup(st, limits)
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("cgroup", p).Warn("machine's control group has no limits")
 		g, err = makeCgroup(st, &specs.LinuxResources{})

@@ -128,10 +128,10 @@ func (n *podNetwork) join(ctx context.Context, path string, named bool) error {
 			}
 			return n.sameAs(path)
 		}
-		if err := await(ctx, n.s.running); err != nil {
+		if err := n.enter(path); err != nil {
 			return err
 		}
-		err := n.enter(path)
+		err := await(ctx, n.s.running)
 		if err == nil {
 			err = n.plug(ctx)
 		}

@@ -181,9 +181,9 @@ func (p *Process) start(ctx context.Context) (err error) {
 		p.request.Process.ConsoleSize = p.size
 	}
 	p.mu.Unlock()
-	if err = s.agent.Exec(ctx, p.request); err == nil {
+	if err = p.c.guest().Exec(ctx, p.request); err == nil {
 		var streams *agent.Streams
-		if streams, err = s.agent.Streams(ctx, p.c.id, p.execID, p.want); err == nil {
+		if streams, err = p.c.guest().Streams(ctx, p.c.id, p.execID, p.want); err == nil {
 			p.setStreams(ctx, streams)
 		}
 	}
@@ -201,7 +201,7 @@ func (p *Process) start(ctx context.Context) (err error) {
 func (p *Process) abandon(ctx context.Context) {
 	ctx, cancel := within(ctx, cleanupTimeout)
 	defer cancel()
-	a := p.c.s.agent
+	a := p.c.guest()
 	if a.SignalProcess(ctx, p.c.id, p.execID, uint32(unix.SIGKILL), false) == nil {
 		_, _ = a.WaitProcess(ctx, p.c.id, p.execID)
 	}
@@ -234,7 +234,7 @@ func (p *Process) watch(ctx context.Context) {
 // exitOf waits for the end of a process, over as many connections as it takes.
 func (s *Sandbox) exitOf(ctx context.Context, p *Process) (exit agent.ExitStatus, err error) {
 	for range lostCalls {
-		exit, err = s.agent.WaitProcess(ctx, p.c.id, p.guestID())
+		exit, err = p.c.guest().WaitProcess(ctx, p.c.id, p.guestID())
 		if err == nil || !s.servesAfter(ctx, err) {
 			break
 		}
@@ -252,7 +252,7 @@ func (p *Process) Kill(ctx context.Context, signal uint32) error {
 	case Created:
 		err = refused("kill", st)
 	case Running, Paused:
-		err = p.c.s.agent.SignalProcess(ctx, p.c.id, p.execID, signal, false)
+		err = p.c.guest().SignalProcess(ctx, p.c.id, p.execID, signal, false)
 		if err == nil {
 			return nil
 		}
@@ -280,7 +280,7 @@ func (p *Process) Resize(ctx context.Context, rows, columns uint32) error {
 	if early || ended {
 		return nil
 	}
-	if err := p.c.s.agent.WinsizeProcess(ctx, p.c.id, p.guestID(), rows, columns); err != nil {
+	if err := p.c.guest().WinsizeProcess(ctx, p.c.id, p.guestID(), rows, columns); err != nil {
 		return fmt.Errorf("resize terminal of %q: %w", p.guestID(), p.c.s.because(err))
 	}
 	return nil
@@ -360,7 +360,7 @@ func (p *Process) Delete(context.Context) error {
 	p.c.mu.Lock()
 	delete(p.c.execs, p.execID)
 	p.c.mu.Unlock()
-	p.c.s.agent.ForgetProcess(p.c.id, p.execID)
+	p.c.guest().ForgetProcess(p.c.id, p.execID)
 	return p.closeStreams()
 }
 

@@ -108,8 +108,14 @@ type Options struct {
 	Namespace string // containerd's
 	Address   string // of the daemon
 	Dir       string // made by Start, removed by Stop; see Dir
-	Config    Config
-	StartVM   func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
+	// Pod says that containers come and go, and share what those of a Kubernetes
+	// pod share. A container that asks for the host's pid or ipc namespace gets
+	// the pod's.
+	Pod bool
+	// Files are put into every container that has nothing of its own there.
+	Files   []File
+	Config  Config
+	StartVM func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
 	// OnOOM is called when the guest's kernel killed a process of a container,
 	// always before the Done of a process that this ended, and once for each
 	// container. It must not block.
@@ -136,11 +142,17 @@ type Sandbox struct {
 
 	ending sync.Once // closes gone
 
+	resizing chan struct{} // has room for one: whoever changes the machine's size
+
 	// Written before up is closed.
 	cgroup  *hostCgroup // nil: none
 	machine Machine
 	agent   guest
 	undo    *cleanup.Stack // of Start, for Stop
+
+	// Written before prepared is closed.
+	sysctls map[string]string // of the pod, for its containers
+	shm     string            // what stands for the pod's /dev/shm in specifications; empty: anything
 
 	mu         sync.Mutex
 	starting   bool                  // guarded by mu: Start was called
@@ -148,6 +160,8 @@ type Sandbox struct {
 	ended      error                 // guarded by mu: why no call can be served any more
 	calls      map[*call]struct{}    // guarded by mu: what ends when the sandbox does
 	containers map[string]*Container // guarded by mu; nil while being created
+	pod        limits                // guarded by mu: what was said of the pod when it began
+	limits     map[string]limits     // guarded by mu: of each container
 	aborted    error                 // guarded by mu: why the machine was killed
 	err        error                 // guarded by mu: of Err
 }
@@ -159,6 +173,7 @@ type guest interface {
 	agent.Processes
 	agent.Network
 	SetGuestDateTime(ctx context.Context, now time.Time) error
+	OnlineCPUMem(ctx context.Context, cpus uint32, cpuOnly bool) error
 	Connect(ctx context.Context, tcp *net.TCPConn, to netip.AddrPort) error
 }
 
@@ -190,6 +205,8 @@ func New(opts Options) (*Sandbox, error) {
 		stopped:    make(chan struct{}),
 		calls:      map[*call]struct{}{},
 		containers: map[string]*Container{},
+		resizing:   make(chan struct{}, 1),
+		limits:     map[string]limits{},
 	}
 	s.network = newPodNetwork(s)
 	return s, nil

@@ -22,12 +22,14 @@ import (
 type guestSpec struct {
 	specs.Spec
 	notes []string
-	// shared says that the container joins the sandbox's pid namespace.
+	// shared says that the container joins the sandbox's pid namespace, pidOf
+	// whose it joins instead.
 	shared bool
+	pidOf  string
 }
 
 // newGuestSpec turns a host's specification into what the guest gets.
-func newGuestSpec(host *specs.Spec, id string, terminal bool, plan *storage.Plan) (*guestSpec, error) {
+func newGuestSpec(host *specs.Spec, id string, terminal bool, plan *storage.Plan, tasks map[int]*Container) (*guestSpec, error) {
 	g := &guestSpec{}
 	b, err := json.Marshal(host)
 	if err == nil {
@@ -41,7 +43,7 @@ func newGuestSpec(host *specs.Spec, id string, terminal bool, plan *storage.Plan
 	}
 	g.Process.Terminal = g.Process.Terminal || terminal
 	g.Hooks = nil // the host's business; checkSpec refused the others
-	g.setNamespaces()
+	g.setNamespaces(tasks)
 	g.dropLabels()
 	g.dropDevices()
 	g.dropUnknown()
@@ -57,9 +59,19 @@ func newGuestSpec(host *specs.Spec, id string, terminal bool, plan *storage.Plan
 
 func (g *guestSpec) note(what string) { g.notes = append(g.notes, what) }
 
-// checkSpec refuses what a machine can't give. tasks are the task pids of the
-// sandbox: their namespaces stand for its own.
-func checkSpec(spec *specs.Spec, tasks map[int]bool) error {
+// addSysctls adds the pod's: they belong to namespaces that its containers share.
+func (g *guestSpec) addSysctls(pod map[string]string) {
+	if len(pod) == 0 {
+		return
+	}
+	all := maps.Clone(pod)
+	maps.Copy(all, g.Linux.Sysctl)
+	g.Linux.Sysctl = all
+}
+
+// checkSpec refuses what a machine can't give. tasks are the containers of the
+// sandbox by their task pids: those's namespaces stand for its own.
+func checkSpec(spec *specs.Spec, pod bool, tasks map[int]*Container) error {
 	if spec == nil || spec.Process == nil || len(spec.Process.Args) == 0 {
 		return fmt.Errorf("specification without a command: %w", errdefs.ErrInvalidArgument)
 	}
@@ -71,12 +83,15 @@ func checkSpec(spec *specs.Spec, tasks map[int]bool) error {
 		return errHostNetwork
 	}
 	for _, kind := range []specs.LinuxNamespaceType{specs.PIDNamespace, specs.IPCNamespace} {
+		if pod {
+			break // the pod's stand in
+		}
 		if !hasNamespace(linux.Namespaces, kind) {
 			return fmt.Errorf("the host's %s namespace is out of a machine's reach: %w", kind, errdefs.ErrInvalidArgument)
 		}
 	}
 	for _, ns := range linux.Namespaces {
-		if pid, ok := taskNamespace(ns); ok && !tasks[pid] {
+		if pid, ok := taskNamespace(ns); ok && tasks[pid] == nil {
 			return fmt.Errorf("%s namespace %q is not in this machine: %w", ns.Type, ns.Path, errdefs.ErrInvalidArgument)
 		}
 	}
@@ -111,15 +126,20 @@ func taskNamespace(ns specs.LinuxNamespace) (pid int, ok bool) {
 // setNamespaces keeps those that a container has of its own in the guest. The
 // guest has the sandbox's net, ipc and uts namespaces, and its pid namespace
 // where that is shared; paths are the host's.
-func (g *guestSpec) setNamespaces() {
+func (g *guestSpec) setNamespaces(tasks map[int]*Container) {
 	kept := []specs.LinuxNamespace{{Type: specs.MountNamespace}}
+	g.shared = !hasNamespace(g.Linux.Namespaces, specs.PIDNamespace)
 	for _, ns := range g.Linux.Namespaces {
 		switch ns.Type {
 		case specs.IPCNamespace, specs.UTSNamespace, specs.UserNamespace:
 			kept = append(kept, specs.LinuxNamespace{Type: ns.Type})
 		case specs.PIDNamespace:
-			if ns.Path != "" {
-				g.shared = true
+			if pid, ok := taskNamespace(ns); ok {
+				if c := tasks[pid]; c != nil && c.pause == nil {
+					g.pidOf = c.id
+				} else {
+					g.shared = true
+				}
 				continue
 			}
 			kept = append(kept, specs.LinuxNamespace{Type: ns.Type})

@@ -32,7 +32,7 @@ func transform(t *testing.T, change func(*specs.Spec)) *guestSpec {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g, err := newGuestSpec(host, "c1", false, testPlan)
+	g, err := newGuestSpec(host, "c1", false, testPlan, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestGuestSpecTerminal(t *testing.T) {
 	for _, own := range []bool{false, true} {
 		host := testSpec()
 		host.Process.Terminal = !own
-		if g, err := newGuestSpec(host, "c1", own, testPlan); err != nil || !g.Process.Terminal {
+		if g, err := newGuestSpec(host, "c1", own, testPlan, nil); err != nil || !g.Process.Terminal {
 			t.Errorf("no terminal: %v", err)
 		}
 	}
@@ -238,12 +238,12 @@ func TestCheckSpec(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			spec := testSpec()
 			tt.change(spec)
-			if err := checkSpec(spec, map[int]bool{7: true}); !errors.Is(err, tt.want) {
+			if err := checkSpec(spec, false, map[int]*Container{7: {id: "other"}}); !errors.Is(err, tt.want) {
 				t.Errorf("error %v, want %v", err, tt.want)
 			}
 		})
 	}
-	if err := checkSpec(nil, nil); !errors.Is(err, errdefs.ErrInvalidArgument) {
+	if err := checkSpec(nil, false, nil); !errors.Is(err, errdefs.ErrInvalidArgument) {
 		t.Errorf("error %v", err)
 	}
 }

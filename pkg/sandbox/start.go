@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -40,8 +41,8 @@ const (
 	agentGrace = 5 * time.Second
 	// lostCalls is how often a call that waits for an event is made again.
 	lostCalls = 3
-	// shmSize is what engines give a container that does not ask.
-	shmSize = 64 << 20
+	// emptyName is the directory in which a pod's own task process is rooted.
+	emptyName = "empty"
 )
 
 // errStopped is why calls fail from Stop on.
@@ -51,7 +52,7 @@ var errStopped = fmt.Errorf("sandbox was stopped: %w", errdefs.ErrUnavailable)
 // spec (annotations, netns, cgroup path, sizes are taken from it), and creates
 // the sandbox in the guest. On error or cancel nothing is left.
 func (s *Sandbox) Start(ctx context.Context, spec *specs.Spec) (err error) {
-	if err := cmp.Or(checkSpec(spec, nil), checkNetwork(spec)); err != nil {
+	if err := cmp.Or(checkSpec(spec, s.opts.Pod, nil), checkNetwork(spec)); err != nil {
 		return s.neverStarted(fmt.Errorf("start sandbox %q: %w", s.opts.ID, err))
 	}
 	if err := s.claimStart(); err != nil {
@@ -136,7 +137,14 @@ func (s *Sandbox) boot(ctx context.Context, spec *specs.Spec, undo *cleanup.Stac
 
 // machineSpec describes the machine.
 func (s *Sandbox) machineSpec(spec *specs.Spec) hypervisor.Spec {
-	m := size(s.opts.Config.Machine, limitsOf(spec), hostCapacity())
+	want, host := limitsOf(spec), hostCapacity()
+	m := size(s.opts.Config.Machine, want, host)
+	if s.opts.Pod {
+		m = roomToGrow(m, host)
+		s.mu.Lock()
+		s.pod = want
+		s.mu.Unlock()
+	}
 	m.Name = s.opts.ID
 	if m.Arch == "" {
 		m.Arch = runtime.GOARCH
@@ -189,11 +197,23 @@ func (s *Sandbox) makeState(_ context.Context, _ *specs.Spec, m *hypervisor.Spec
 }
 
 // makeShare makes what CreateContainer needs.
-func (s *Sandbox) makeShare(ctx context.Context, _ *specs.Spec, _ *hypervisor.Spec, undo *cleanup.Stack) error {
+func (s *Sandbox) makeShare(ctx context.Context, spec *specs.Spec, _ *hypervisor.Spec, undo *cleanup.Stack) error {
 	if err := storage.MakeShare(s.share()); err != nil {
 		return err
 	}
 	undo.Add(func() error { return storage.RemoveShare(s.share()) })
+	if s.opts.Pod {
+		if err := os.Mkdir(s.path(emptyName), 0o555); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+		if spec.Linux != nil {
+			s.sysctls = maps.Clone(spec.Linux.Sysctl)
+		}
+		s.shm = shmSource(spec)
+	}
+	if err := s.writeFiles(); err != nil {
+		return fmt.Errorf("write file: %w", err)
+	}
 	s.state.mark(ctx, PhasePrepared, time.Now())
 	close(s.prepared)
 	return nil
@@ -339,7 +359,7 @@ func sandboxRequest(id string, spec *specs.Spec) *protocol.CreateSandboxRequest 
 			Driver: "virtio-fs", Source: storage.Tag, Fstype: "virtiofs", MountPoint: storage.GuestDir + "/",
 		}, {
 			Driver: "ephemeral", Source: "shm", Fstype: "tmpfs", MountPoint: storage.GuestShm,
-			Options: []string{"noexec", "nosuid", "nodev", "mode=1777", fmt.Sprintf("size=%d", shmSize)},
+			Options: []string{"noexec", "nosuid", "nodev", "mode=1777", fmt.Sprintf("size=%d", shmSize(spec))},
 		}},
 	}
 }

@@ -106,6 +106,16 @@ func sandboxOf(annotations map[string]string, id string) string {
 	return id
 }
 
+// standsForPod says that a container is the one that a pod begins and ends with.
+func standsForPod(annotations map[string]string) bool {
+	for _, k := range kinds {
+		if annotations[k.kind] == "sandbox" {
+			return true
+		}
+	}
+	return false
+}
+
 // bundleSandbox is sandboxOf for a bundle on disk. A bundle without a
 // specification is a sandbox of its own.
 func bundleSandbox(bundle, id string) (string, error) {

@@ -65,7 +65,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			relay.close(ctx)
 		}
 	}()
-	box, rec, first, err := s.enter(cfg, r.GetID())
+	box, rec, first, err := s.enter(cfg, r.GetID(), standsForPod(spec.Annotations))
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +128,7 @@ func containerConfig(r *taskapi.CreateTaskRequest, spec *specs.Spec, relay *rela
 		Bundle:   r.GetBundle(),
 		Spec:     spec,
 		Terminal: r.GetTerminal(),
+		Pause:    standsForPod(spec.Annotations),
 	}
 	cfg.Streams.Stdin, cfg.Streams.Stdout, cfg.Streams.Stderr = relay.wants()
 	cfg.Rootfs = slices.Grow(cfg.Rootfs, len(r.GetRootfs()))[:len(r.GetRootfs())]

@@ -90,6 +90,7 @@ func serve(ctx context.Context, c command, opts Options) (err error) {
 		return err
 	}
 	svc.register(server)
+	svc.registerSandbox(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ctx, l) }()
 

@@ -62,6 +62,9 @@ func ids(req any) log.Fields {
 	if r, ok := req.(interface{ GetID() string }); ok && r.GetID() != "" {
 		fields["container_id"] = r.GetID()
 	}
+	if r, ok := req.(interface{ GetSandboxID() string }); ok && r.GetSandboxID() != "" {
+		fields["sandbox_id"] = r.GetSandboxID()
+	}
 	if r, ok := req.(interface{ GetExecID() string }); ok && r.GetExecID() != "" {
 		fields["exec_id"] = r.GetExecID()
 	}

@@ -28,6 +28,7 @@ type service struct {
 	closed     bool                  // guarded by mu
 	self       record                // guarded by mu; of the sandbox
 	box        *sandbox.Sandbox      // guarded by mu; nil before the first Create and after the stop
+	pod        *podSandbox           // guarded by mu; nil without the sandbox API
 	containers map[string]*container // guarded by mu; nil while being created
 }
 
@@ -108,12 +109,12 @@ func (s *service) remove(id string) (last bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.containers, id)
-	return len(s.containers) == 0 || id == s.cmd.id
+	return s.pod == nil && (len(s.containers) == 0 || id == s.cmd.id)
 }
 
 // enter returns the sandbox for a container, made now if it is the first one;
 // then the caller starts it. The record is for the container's bundle.
-func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, rec record, first bool, err error) {
+func (s *service) enter(cfg config.Config, id string, pod bool, files ...sandbox.File) (box *sandbox.Sandbox, rec record, first bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.box != nil {
@@ -130,6 +131,7 @@ func (s *service) enter(cfg config.Config, id string) (box *sandbox.Sandbox, rec
 	o.Dir = s.self.Dir
 	o.Began = s.cmd.began
 	o.OnOOM = s.oom
+	o.Pod, o.Files = pod, files
 	if s.box, err = sandbox.New(o); err != nil {
 		return nil, rec, false, err
 	}
@@ -170,6 +172,9 @@ func (s *service) shutdown() {
 		if c != nil {
 			return
 		}
+	}
+	if s.pod != nil {
+		return // ShutdownSandbox ends it
 	}
 	if !s.closed {
 		s.closed = true

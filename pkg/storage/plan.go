@@ -23,6 +23,9 @@ type Container struct {
 	Rootfs []Mount
 	Root   *specs.Root
 	Mounts []specs.Mount
+	// Shm is the host's directory that stands for the sandbox's /dev/shm; empty:
+	// whatever is bound there does.
+	Shm string
 }
 
 // Facts are what a plan needs to know of the host; see Look.
@@ -31,6 +34,8 @@ type Facts struct {
 	// Modes has the kind of each source of a bind mount, by its absolute path.
 	// What is missing does not exist.
 	Modes map[string]fs.FileMode
+	// Submounts has the sources below which something else is mounted.
+	Submounts map[string]bool
 	// Setattr says that the kernel has mount_setattr(2), which recursive
 	// read-only mounts need.
 	Setattr bool
@@ -141,8 +146,9 @@ var guestTypes = map[string]bool{
 
 func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 	source := absolute(c.Bundle, m.Source)
-	if kernelPath(source) || path.Clean(m.Destination) == "/dev/shm" {
-		if path.Clean(m.Destination) == "/dev/shm" {
+	shm := path.Clean(m.Destination) == "/dev/shm" && (c.Shm == "" || source == c.Shm || kernelPath(source))
+	if kernelPath(source) || shm {
+		if shm {
 			source = GuestShm
 		} else {
 			p.warn("%s at %s is the guest's, not the host's", source, m.Destination)
@@ -176,9 +182,30 @@ func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 	case "slave", "rslave":
 		b.Slave = true
 	}
+	if b.Recursive && b.ReadOnly && !b.RecursiveReadOnly && f.Submounts[source] {
+		// What is mounted below may be written to. The guest finds those mounts when
+		// they are walked to, and makes them as read-only as the one above: so that
+		// is read-only on the host alone.
+		m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
+	}
 	p.Host = append(p.Host, HostMount{Name: name, File: !mode.IsDir(), Bind: b})
+	if mode.IsDir() && watched(source) {
+		p.mountWatched(c.ID, name, m)
+		return nil
+	}
 	p.mountShared(c.ID, name, m)
 	return nil
+}
+
+// watched says that a directory is a volume that the kubelet changes while
+// containers use it, and perhaps watch it: a share tells them of no change.
+func watched(source string) bool {
+	for _, kind := range []string{"configmap", "secret", "projected", "downward-api"} {
+		if strings.Contains(source, "/kubernetes.io~"+kind+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // addHost plans a file system that only the host can reach: it is mounted
@@ -208,6 +235,17 @@ func (p *Plan) addHost(id, name string, m specs.Mount) error {
 // mountShared has the guest bind what the host put at name.
 func (p *Plan) mountShared(id, name string, m specs.Mount) {
 	m.Type, m.Source = "bind", path.Join(GuestDir, id, name)
+	p.Mounts = append(p.Mounts, m)
+}
+
+// mountWatched has the guest bind a copy of that, which it keeps up to date.
+func (p *Plan) mountWatched(id, name string, m specs.Mount) {
+	copied := path.Join(GuestWatched, id, name)
+	p.Storages = append(p.Storages, &protocol.Storage{
+		Driver: "watchable-bind", Source: path.Join(GuestDir, id, name), Fstype: "bind", MountPoint: copied,
+		Options: []string{"bind"},
+	})
+	m.Type, m.Source = "bind", copied
 	p.Mounts = append(p.Mounts, m)
 }
 

@@ -17,6 +17,7 @@ var facts = Facts{
 	Modes: map[string]fs.FileMode{
 		"/data":          fs.ModeDir | 0o755,
 		"/etc/hosts":     0o644,
+		"/tree":          fs.ModeDir | 0o755,
 		"/bundle/rel":    fs.ModeDir | 0o755,
 		"/bundle/rootfs": fs.ModeDir | 0o755,
 		"/dev/shm/x":     fs.ModeDir | 0o755,
@@ -24,7 +25,8 @@ var facts = Facts{
 		"/srv/disk":      fs.ModeDevice | 0o600,
 		"/srv/tty":       fs.ModeDevice | fs.ModeCharDevice | 0o600,
 	},
-	Setattr: true,
+	Submounts: map[string]bool{"/tree": true},
+	Setattr:   true,
 }
 
 func TestPlanMount(t *testing.T) {
@@ -50,6 +52,16 @@ func TestPlanMount(t *testing.T) {
 		in:    specs.Mount{Type: "bind", Source: "/data", Options: []string{"rbind", "rw"}},
 		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind", "rw"}},
 		bind:  &Bind{Source: "/data", Recursive: true},
+	}, {
+		name:  "read-only without what is mounted below",
+		in:    specs.Mount{Type: "bind", Source: "/tree", Options: []string{"rbind", "ro"}},
+		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind"}},
+		bind:  &Bind{Source: "/tree", Recursive: true, ReadOnly: true},
+	}, {
+		name:  "all of it read-only",
+		in:    specs.Mount{Type: "bind", Source: "/tree", Options: []string{"rbind", "ro", "rro"}},
+		guest: specs.Mount{Type: "bind", Source: shared, Options: []string{"rbind", "ro", "rro"}},
+		bind:  &Bind{Source: "/tree", Recursive: true, ReadOnly: true, RecursiveReadOnly: true},
 	}, {
 		name:  "without a type",
 		in:    specs.Mount{Source: "/data", Options: []string{"bind"}},
@@ -202,5 +214,30 @@ func TestPlanRootfs(t *testing.T) {
 	}
 	if want := filepath.Join(facts.Share, "c1"); p.Dir != want {
 		t.Errorf("dir %q, want %q", p.Dir, want)
+	}
+}
+
+func TestPlanWatched(t *testing.T) {
+	const source = "/var/lib/kubelet/pods/x/volumes/kubernetes.io~configmap/c"
+	f := facts
+	f.Modes = map[string]fs.FileMode{source: fs.ModeDir | 0o755, "/bundle/rootfs": fs.ModeDir | 0o755}
+	p, err := NewPlan(Container{
+		ID: "c1", Bundle: "/bundle", Root: &specs.Root{Path: "rootfs"},
+		Mounts: []specs.Mount{{Type: "bind", Source: source, Destination: "/config", Options: []string{"rbind", "ro"}}},
+	}, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Storages) != 1 || p.Storages[0].GetDriver() != "watchable-bind" || p.Storages[0].GetSource() != GuestDir+"/c1/0" {
+		t.Fatalf("storages %v", p.Storages)
+	}
+	want := []specs.Mount{{
+		Type: "bind", Source: p.Storages[0].GetMountPoint(), Destination: "/config", Options: []string{"rbind", "ro"},
+	}}
+	if d := cmp.Diff(want, p.Mounts); d != "" {
+		t.Error(d)
+	}
+	if len(p.Host) != 2 || p.Host[1].Bind.Source != source {
+		t.Errorf("on the host %+v", p.Host)
 	}
 }

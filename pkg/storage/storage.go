@@ -10,11 +10,13 @@ package storage
 
 // Tag is the mount tag of the sandbox's share, GuestDir where the agent mounts
 // it, and GuestShm the shared memory of the sandbox. They are the agent
-// protocol's conventions.
+// protocol's conventions. Below GuestWatched are the copies of small volumes.
 const (
 	Tag      = "kataShared"
 	GuestDir = "/run/kata-containers/shared/containers"
 	GuestShm = "/run/kata-containers/sandbox/shm"
+
+	GuestWatched = "/run/kata-containers/sandbox/watched"
 )
 
 // A Mount is a mount on the host as containerd describes it.

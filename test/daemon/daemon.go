@@ -29,6 +29,8 @@ type Config struct {
 	ShimDir string
 	// Env is added to the environment of containerd, and so of the shims.
 	Env []string
+	// CRI has the CRI plugin run. Nil: it is off, because it takes time to start.
+	CRI *CRI
 }
 
 // A Daemon is a running containerd.
@@ -52,18 +54,26 @@ func Start(ctx context.Context, cfg Config) (*Daemon, error) {
 		return nil, fmt.Errorf("containerd says of its version %q", out)
 	}
 	d.Version, _, _ = strings.Cut(strings.TrimPrefix(fields[2], "v"), "~")
+	if cfg.CRI != nil {
+		if err := cfg.CRI.write(d); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.WriteFile(d.path("containerd.toml"), d.config(), 0o600); err != nil {
 		return nil, err
 	}
 	return d, d.Resume(ctx)
 }
 
-// config is the daemon's; the CRI plugin is off because it is not used and
-// takes time to start.
+// config is the daemon's.
 func (d *Daemon) config() []byte {
-	version, cri := 3, "'io.containerd.cri.v1.runtime', 'io.containerd.cri.v1.images', 'io.containerd.grpc.v1.cri'"
+	version, off := 3, "'io.containerd.cri.v1.runtime', 'io.containerd.cri.v1.images', 'io.containerd.grpc.v1.cri'"
 	if strings.HasPrefix(d.Version, "1.") {
-		version, cri = 2, "'io.containerd.grpc.v1.cri'"
+		version, off = 2, "'io.containerd.grpc.v1.cri'"
+	}
+	cri := ""
+	if d.cfg.CRI != nil {
+		off, cri = "", d.cfg.CRI.config(d)
 	}
 	return fmt.Appendf(nil, `version = %d
 root = '%s'
@@ -73,7 +83,7 @@ disabled_plugins = [%s]
   address = '%s'
 [debug]
   level = 'info'
-`, version, d.path("root"), d.path("state"), cri, d.Address())
+%s`, version, d.path("root"), d.path("state"), off, d.Address(), cri)
 }
 
 // Resume starts the daemon again after Stop.
@@ -109,6 +119,9 @@ func (d *Daemon) await(ctx context.Context) error {
 	defer cancel()
 	for {
 		err := d.Ctr(ctx, "version").Run()
+		if err == nil && d.cfg.CRI != nil {
+			err = d.Crictl(ctx, "version").Run()
+		}
 		if err == nil {
 			return nil
 		}

@@ -60,11 +60,26 @@ func (l *Local) Config(extra ...string) string {
 
 // Start runs a containerd of the generation with the image imported.
 func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {
-	bin, err := l.hack(ctx, "containerd", generation)
+	return l.start(ctx, generation, nil)
+}
+
+// StartCRI is Start with the CRI plugin, and with crictl.
+func (l *Local) StartCRI(ctx context.Context, generation string, cri CRI) (*Daemon, error) {
+	var err error
+	if cri.Tools, err = l.Hack(ctx, "critest"); err != nil {
+		return nil, err
+	}
+	return l.start(ctx, generation, &cri)
+}
+
+func (l *Local) start(ctx context.Context, generation string, cri *CRI) (*Daemon, error) {
+	bin, err := l.Hack(ctx, "containerd", generation)
 	if err != nil {
 		return nil, err
 	}
-	d, err := Start(ctx, Config{Bin: bin, Dir: l.Dir, ShimDir: l.ShimDir(), Env: []string{"VMSHIM_CONFIG=" + l.ShimConfig()}})
+	d, err := Start(ctx, Config{
+		Bin: bin, Dir: l.Dir, ShimDir: l.ShimDir(), Env: []string{"VMSHIM_CONFIG=" + l.ShimConfig()}, CRI: cri,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -97,8 +112,8 @@ func (l *Local) archive() string { return filepath.Join(l.Dir, "busybox.tar") }
 // ShimConfig is the shim's configuration file.
 func (l *Local) ShimConfig() string { return filepath.Join(l.Dir, "vmshim.toml") }
 
-// hack runs a script of hack/ and returns the line that it prints.
-func (l *Local) hack(ctx context.Context, script string, args ...string) (string, error) {
+// Hack runs a script of hack/ and returns the line that it prints.
+func (l *Local) Hack(ctx context.Context, script string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(l.Root, "hack", script), args...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()

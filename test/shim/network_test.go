@@ -1,11 +1,14 @@
 package shim
 
 import (
+	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -130,7 +133,12 @@ func TestShimNetworkFollows(t *testing.T) {
 	c.waitFor("ip neigh | grep '10.77.0.99 dev eth0 lladdr " + podMAC(99) + "'")
 
 	// Others come and go.
-	h.must(p.LinkAdd(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "dummy9", HardwareAddr: mac(h, podMAC(9)), MTU: 1450}}))
+	attrs := netlink.LinkAttrs{Name: "dummy9", HardwareAddr: mac(h, podMAC(9)), MTU: 1450}
+	err := p.LinkAdd(&netlink.Dummy{LinkAttrs: attrs})
+	if errors.Is(err, unix.EOPNOTSUPP) { // a kernel without dummy
+		err = p.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "down"})
+	}
+	h.must(err)
 	p.up(h, "dummy9", "10.78.0.1/24")
 	c.waitFor("ip addr show dummy9 | grep 10.78.0.1/24")
 	c.has("ip addr show dummy9", podMAC(9), "mtu 1450", "UP")
@@ -238,7 +246,14 @@ func TestShimNetworkForward(t *testing.T) {
 	h := newHost(t)
 	l := h.lan()
 	p := l.pod("a", 2)
-	c := h.bundle("forward", "sh", "-c", "nc -lk -s 127.0.0.1 -p 8080 -e sha256sum & nc -lk -s ::1 -p 8081 -e cat & nc -lk -s 10.77.0.2 -p 8082 -e cat & wait").joins(p).run()
+	c := h.bundle("forward", "sh", "-c", "httpd -p 127.0.0.1:8080 -h /www; httpd -p [::1]:8081 -h /www; exec nc -ll -p 8082 -e cat").joins(p)
+	www := filepath.Join(c.bundle, "rootfs", "www")
+	h.must(os.MkdirAll(filepath.Join(www, "cgi-bin"), 0o755))
+	h.must(os.WriteFile(filepath.Join(www, "cgi-bin", "sum"), []byte("#!/bin/sh\necho\nhead -c $CONTENT_LENGTH | sha256sum\n"), 0o755))
+	content, err := io.ReadAll(io.LimitReader(payload(), 8<<20))
+	h.must(err)
+	h.must(os.WriteFile(filepath.Join(www, "content"), content, 0o644))
+	c.run()
 	c.waitFor("netstat -ltn | grep 8082")
 	dial := func(to string) *net.TCPConn {
 		t.Helper()
@@ -252,16 +267,27 @@ func TestShimNetworkForward(t *testing.T) {
 		h.must(conn.SetDeadline(time.Now().Add(patience)))
 		return conn.(*net.TCPConn)
 	}
-	big := io.LimitReader(payload(), 8<<20)
-	want := sha256.New()
-	conn := dial("127.0.0.1:8080")
-	_, err := io.Copy(conn, io.TeeReader(big, want))
-	h.must(err)
-	h.must(conn.CloseWrite())
-	if got, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(got), fmt.Sprintf("%x", want.Sum(nil))) {
-		t.Errorf("answer %q, %v", got, err)
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(_ context.Context, _, to string) (net.Conn, error) { return dial(to), nil },
+	}}
+	want := fmt.Sprintf("%x", sha256.Sum256(content))
+	for _, server := range []string{"127.0.0.1:8080", "[::1]:8081"} { // on loopback only
+		r, err := client.Get("http://" + server + "/content")
+		h.must(err)
+		sum := sha256.New()
+		if _, err := io.Copy(sum, r.Body); err != nil || fmt.Sprintf("%x", sum.Sum(nil)) != want {
+			t.Errorf("GET from %s: %x, %v", server, sum.Sum(nil), err)
+		}
+		r.Body.Close()
+		r, err = client.Post("http://"+server+"/cgi-bin/sum", "application/octet-stream", bytes.NewReader(content))
+		h.must(err)
+		if got, err := io.ReadAll(r.Body); err != nil || !strings.HasPrefix(string(got), want) {
+			t.Errorf("POST to %s: %q, %v", server, got, err)
+		}
+		r.Body.Close()
 	}
-	for _, to := range []string{"[::1]:8081", "10.77.0.2:8082"} {
+	for _, to := range []string{"127.0.0.1:8082", "10.77.0.2:8082"} {
 		conn := dial(to)
 		for _, text := range []string{"hello", "again"} {
 			_, err := io.WriteString(conn, text)

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -63,6 +64,65 @@ func TestShimPod(t *testing.T) {
 	b.end()
 	c.end()
 	pod.end()
+	h.sink.wantNoMore(t)
+}
+
+// pidNamespace has a container join the pid namespace of another task.
+func (t *tasks) pidNamespace(of *tasks) *tasks {
+	for i, ns := range t.spec.Linux.Namespaces {
+		if ns.Type == specs.PIDNamespace {
+			t.spec.Linux.Namespaces[i].Path = fmt.Sprintf("/proc/%d/ns/pid", of.pid)
+		}
+	}
+	return t
+}
+
+// output is what a command in the container writes.
+func (t *tasks) output(execID string, args ...string) string {
+	t.Helper()
+	f := t.fifos(t.id+execID, false).read()
+	t.exec(execID, f, nil, args...)
+	code := t.wait(execID)
+	t.sink.want(t.TB, fmt.Sprintf("exit %s %s %d", t.id, execID, code))
+	t.deleteExec(execID)
+	return f.output()
+}
+
+// Containers of a pod share what they ask for, and no more; one may come again.
+func TestShimPodShares(t *testing.T) {
+	h := newHost(t)
+	pod := h.bundle("pod", "none").annotate("sandbox", "pod").run()
+	a := h.bundle("a", "sh", "-c", "sleep 1001; :").annotate("container", "pod").pidNamespace(pod).run()
+	b := h.bundle("b", "sleep", "1002").annotate("container", "pod").pidNamespace(pod).run()
+	c := h.bundle("c", "sleep", "1003").annotate("container", "pod").run()
+	target := h.bundle("target", "sleep", "1004").annotate("container", "pod").pidNamespace(c).run()
+	const list = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; done | grep -o 'sleep 100[0-9]' | sort -u"
+	for i, tt := range []struct {
+		of   *tasks
+		want string
+	}{
+		{a, "sleep 1001\nsleep 1002\n"}, {b, "sleep 1001\nsleep 1002\n"},
+		{c, "sleep 1003\nsleep 1004\n"}, {target, "sleep 1003\nsleep 1004\n"},
+	} {
+		if got := tt.of.output(fmt.Sprintf("ps%d", i), "sh", "-c", list); got != tt.want {
+			t.Errorf("%s sees %q, want %q", tt.of.id, got, tt.want)
+		}
+	}
+	if got := a.output("comm", "cat", "/proc/1/comm"); got != "pause\n" {
+		t.Errorf("the first process of the pod is %q", got)
+	}
+	// The pod's first process outlives those that share its namespace, and reaps.
+	a.end()
+	a = h.bundle("a", "sleep", "1005").annotate("container", "pod").pidNamespace(pod).run()
+	if got := b.output("again", "sh", "-c", list); got != "sleep 1002\nsleep 1005\n" {
+		t.Errorf("after one came again: %q", got)
+	}
+	if got := b.output("zombies", "sh", "-c", "cat /proc/[0-9]*/stat | grep -c ' Z '"); got != "0\n" {
+		t.Errorf("%q zombies", got)
+	}
+	for _, c := range []*tasks{target, c, b, a, pod} {
+		c.end()
+	}
 	h.sink.wantNoMore(t)
 }
 

@@ -88,9 +88,11 @@ type CreateContainerRequest struct {
 	StdoutPort   uint32         `protobuf:"varint,10,opt,name=stdout_port,json=stdoutPort,proto3" json:"stdout_port,omitempty"`
 	StderrPort   uint32         `protobuf:"varint,11,opt,name=stderr_port,json=stderrPort,proto3" json:"stderr_port,omitempty"`
 	// Nobody will ever write to stdin: it starts at end of file.
-	NoStdin       bool `protobuf:"varint,100,opt,name=no_stdin,json=noStdin,proto3" json:"no_stdin,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	NoStdin bool `protobuf:"varint,100,opt,name=no_stdin,json=noStdin,proto3" json:"no_stdin,omitempty"`
+	// The container whose pid namespace this one joins, instead of the sandbox's.
+	PidNamespaceOf string `protobuf:"bytes,101,opt,name=pid_namespace_of,json=pidNamespaceOf,proto3" json:"pid_namespace_of,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CreateContainerRequest) Reset() {
@@ -205,6 +207,13 @@ func (x *CreateContainerRequest) GetNoStdin() bool {
 		return x.NoStdin
 	}
 	return false
+}
+
+func (x *CreateContainerRequest) GetPidNamespaceOf() string {
+	if x != nil {
+		return x.PidNamespaceOf
+	}
+	return ""
 }
 
 type StartContainerRequest struct {
@@ -4176,7 +4185,7 @@ var File_pkg_agent_protocol_agent_proto protoreflect.FileDescriptor
 
 const file_pkg_agent_protocol_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1epkg/agent/protocol/agent.proto\x12\x04grpc\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cpkg/agent/protocol/csi.proto\x1a\x1cpkg/agent/protocol/oci.proto\x1a$pkg/agent/protocol/types/types.proto\"\xd1\x03\n" +
+	"\x1epkg/agent/protocol/agent.proto\x12\x04grpc\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cpkg/agent/protocol/csi.proto\x1a\x1cpkg/agent/protocol/oci.proto\x1a$pkg/agent/protocol/types/types.proto\"\xfb\x03\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x121\n" +
@@ -4195,7 +4204,8 @@ const file_pkg_agent_protocol_agent_proto_rawDesc = "" +
 	"stdoutPort\x12\x1f\n" +
 	"\vstderr_port\x18\v \x01(\rR\n" +
 	"stderrPort\x12\x19\n" +
-	"\bno_stdin\x18d \x01(\bR\anoStdin\":\n" +
+	"\bno_stdin\x18d \x01(\bR\anoStdin\x12(\n" +
+	"\x10pid_namespace_of\x18e \x01(\tR\x0epidNamespaceOf\":\n" +
 	"\x15StartContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"U\n" +
 	"\x16RemoveContainerRequest\x12!\n" +

@@ -119,7 +119,14 @@ type ProcessInfo struct {
 	Pid uint32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	// Set when the process was started by ExecProcess, or is the container's
 	// first process (then it is the container's id).
-	ExecId        string `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	ExecId string `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	// What ps shows; unset when the process has just ended.
+	ParentPid uint32 `protobuf:"varint,3,opt,name=parent_pid,json=parentPid,proto3" json:"parent_pid,omitempty"`
+	// The effective one, in the guest's initial user namespace.
+	Uid uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	// The arguments, separated by spaces, or the name in brackets where there are
+	// none; UTF-8, cut after 1024 bytes.
+	Command       string `protobuf:"bytes,5,opt,name=command,proto3" json:"command,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -164,6 +171,27 @@ func (x *ProcessInfo) GetPid() uint32 {
 func (x *ProcessInfo) GetExecId() string {
 	if x != nil {
 		return x.ExecId
+	}
+	return ""
+}
+
+func (x *ProcessInfo) GetParentPid() uint32 {
+	if x != nil {
+		return x.ParentPid
+	}
+	return 0
+}
+
+func (x *ProcessInfo) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *ProcessInfo) GetCommand() string {
+	if x != nil {
+		return x.Command
 	}
 	return ""
 }
@@ -246,10 +274,14 @@ const file_pkg_agent_protocol_extension_extension_proto_rawDesc = "" +
 	"\vPidsRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"J\n" +
 	"\fPidsResponse\x12:\n" +
-	"\tprocesses\x18\x01 \x03(\v2\x1c.vmshim.agent.v1.ProcessInfoR\tprocesses\"8\n" +
+	"\tprocesses\x18\x01 \x03(\v2\x1c.vmshim.agent.v1.ProcessInfoR\tprocesses\"\x83\x01\n" +
 	"\vProcessInfo\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"u\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x1d\n" +
+	"\n" +
+	"parent_pid\x18\x03 \x01(\rR\tparentPid\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\rR\x03uid\x12\x18\n" +
+	"\acommand\x18\x05 \x01(\tR\acommand\"u\n" +
 	"\rSignalRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x16\n" +

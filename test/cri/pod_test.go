@@ -1,0 +1,253 @@
+package cri
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmshim/vmshim/test/daemon"
+)
+
+const bootID = "/proc/sys/kernel/random/boot_id"
+
+func eachHandler(t *testing.T, f func(n *node)) {
+	for _, handler := range []string{daemon.HandlerVM, daemon.HandlerSandbox} {
+		t.Run(handler, func(t *testing.T) { f(newNode(t, handler)) })
+	}
+}
+
+// A pod is one machine. Its containers come and go, and share what a pod's do.
+func TestE2EPod(t *testing.T) {
+	eachHandler(t, func(n *node) {
+		p := n.run("pod", func(c *runtimeapi.PodSandboxConfig) {
+			c.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"10.11.12.13"}, Searches: []string{"pods.test"}}
+			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
+		})
+		volume, change := n.configMap()
+		a := p.start("a", func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/config", Readonly: true}}
+		}, "sh", "-c", "echo hello; echo $(hostname) >&2; exec sleep 1000")
+		b := p.start("b", func(c *runtimeapi.ContainerConfig) {
+			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
+		}, "sleep", "1001")
+
+		host, err := os.ReadFile(bootID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		boot := n.exec(a, "cat", bootID)
+		if boot == strings.TrimSpace(string(host)) || boot != n.exec(b, "cat", bootID) {
+			n.Errorf("kernels: host %s, one container %s, the other %s", host, boot, n.exec(b, "cat", bootID))
+		}
+		for _, tt := range []struct{ script, want string }{
+			{"hostname; cat /etc/hostname", "pod\npod"},
+			{"cat /etc/resolv.conf", "search pods.test\nnameserver 10.11.12.13"},
+			{"cat /proc/sys/net/ipv4/ip_unprivileged_port_start", "77"},
+			{"ps -o comm,args | grep -c '[s]leep 100'", "2"}, // the pod's pid namespace is CRI's default
+			{"cat /proc/1/comm", "pause"},
+			{"echo there >/dev/shm/file", ""},
+		} {
+			if got := n.exec(a, "sh", "-c", tt.script); got != tt.want {
+				n.Errorf("%s: %q, want %q", tt.script, got, tt.want)
+			}
+		}
+		if got := n.exec(b, "cat", "/dev/shm/file"); got != "there" {
+			n.Errorf("/dev/shm of the other container has %q", got)
+		}
+		if got := n.crictl("logs", a); !strings.Contains(got, "hello") {
+			n.Errorf("log %q", got)
+		}
+		n.wantStats(b)
+		n.wantPodStats(p.id)
+		if got := n.exec(a, "cat", "/config/key"); got != "one" {
+			n.Errorf("the volume has %q", got)
+		}
+		change()
+		n.exec(a, "sh", "-c", "until [ $(cat /config/key) = two ]; do sleep 0.1; done")
+
+		before := n.memory(a)
+		n.crictl("update", "--memory", strconv.Itoa(256<<20), b)
+		if got := n.exec(b, "cat", "/sys/fs/cgroup/memory.max"); got != strconv.Itoa(256<<20) {
+			n.Errorf("limit after the update %s", got)
+		}
+		if after := n.memory(a); after < before+128 {
+			n.Errorf("the guest has %d MiB after the update, before %d", after, before)
+		}
+
+		n.crictl("stop", "--timeout", "1", a)
+		n.crictl("rm", a)
+		if err := n.Restart(t.Context()); err != nil {
+			n.Fatal(err)
+		}
+		again := p.start("again", nil, "sleep", "1002")
+		if got := n.exec(again, "cat", bootID); got != boot {
+			n.Errorf("another machine after the restart: %s, want %s", got, boot)
+		}
+		if got := n.exec(b, "cat", "/dev/shm/file"); got != "there" {
+			n.Errorf("/dev/shm has %q after the restart", got)
+		}
+		n.crictl("stopp", p.id)
+		n.crictl("rmp", p.id)
+	})
+}
+
+// configMap makes a volume as the kubelet does, and changes it so.
+func (n *node) configMap() (dir string, change func()) {
+	n.Helper()
+	dir = filepath.Join(n.local.Dir, "volumes/kubernetes.io~configmap/map")
+	write := func(generation, value string) {
+		n.Helper()
+		err := os.MkdirAll(filepath.Join(dir, generation), 0o755)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, generation, "key"), []byte(value), 0o644)
+		}
+		if err == nil {
+			err = os.Symlink(generation, filepath.Join(dir, "..next"))
+		}
+		if err == nil {
+			err = os.Rename(filepath.Join(dir, "..next"), filepath.Join(dir, "..data"))
+		}
+		if err != nil {
+			n.Fatal(err)
+		}
+	}
+	write("..1", "one")
+	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
+		n.Fatal(err)
+	}
+	return dir, func() { write("..2", "two") }
+}
+
+// wantStats asks for the numbers of a container.
+func (n *node) wantStats(id string) {
+	n.Helper()
+	var out struct {
+		Stats []struct {
+			CPU    struct{ UsageCoreNanoSeconds struct{ Value string } }
+			Memory struct{ WorkingSetBytes struct{ Value string } }
+		}
+	}
+	text := n.crictl("stats", "--output", "json", "--id", id)
+	if err := json.Unmarshal([]byte(text), &out); err != nil || len(out.Stats) != 1 {
+		n.Fatalf("statistics %s: %v", text, err)
+	}
+	for what, value := range map[string]string{
+		"cpu": out.Stats[0].CPU.UsageCoreNanoSeconds.Value, "memory": out.Stats[0].Memory.WorkingSetBytes.Value,
+	} {
+		if v, err := strconv.ParseUint(value, 10, 64); err != nil || v == 0 || what == "memory" && v > 32<<20 {
+			n.Errorf("%s is %q", what, value)
+		}
+	}
+}
+
+// wantPodStats asks for the numbers of a pod, which are those of its machine.
+func (n *node) wantPodStats(id string) {
+	n.Helper()
+	type number struct{ Value string }
+	var out struct {
+		Stats []struct {
+			Linux struct {
+				CPU     struct{ UsageCoreNanoSeconds number }
+				Memory  struct{ WorkingSetBytes number }
+				Network struct {
+					DefaultInterface struct {
+						Name             string
+						RxBytes, TxBytes number
+					}
+				}
+			}
+		}
+	}
+	text := n.crictl("statsp", "--output", "json", "--id", id)
+	if err := json.Unmarshal([]byte(text), &out); err != nil || len(out.Stats) != 1 {
+		n.Fatalf("statistics of the pod %s: %v", text, err)
+	}
+	l := out.Stats[0].Linux
+	for what, number := range map[string]number{
+		"cpu": l.CPU.UsageCoreNanoSeconds, "memory": l.Memory.WorkingSetBytes, "received": l.Network.DefaultInterface.RxBytes,
+	} {
+		if v, err := strconv.ParseUint(number.Value, 10, 64); err != nil || v == 0 || what == "memory" && v < 32<<20 {
+			n.Errorf("%s of the pod is %q in %s", what, number.Value, text)
+		}
+	}
+}
+
+// memory is the guest's, in MiB.
+func (n *node) memory(id string) (mib int) {
+	n.Helper()
+	kib := 0
+	if _, err := fmt.Sscanf(n.exec(id, "grep", "MemTotal", "/proc/meminfo"), "MemTotal: %d kB", &kib); err != nil {
+		n.Fatal(err)
+	}
+	return kib >> 10
+}
+
+// What is lost with the machine is told, and removed.
+func TestE2EPodMachineKilled(t *testing.T) {
+	eachHandler(t, func(n *node) {
+		p := n.run("lost", nil)
+		var ids []string
+		for i := range 3 {
+			ids = append(ids, p.start(fmt.Sprintf("c%d", i), nil, "sleep", "1000"))
+		}
+		n.kill("qemu-system")
+		for _, id := range ids {
+			if st := n.awaitExit(id); st.ExitCode != 137 {
+				n.Errorf("container ended as %+v", st)
+			}
+		}
+		n.awaitNotReady(p.id)
+		n.crictl("rmp", "--force", p.id)
+	})
+}
+
+func TestE2EPodShimKilled(t *testing.T) {
+	eachHandler(t, func(n *node) {
+		p := n.run("lost", nil)
+		id := p.start("c", nil, "sleep", "1000")
+		n.kill("containerd-shim-vm-v2")
+		if st := n.awaitExit(id); st.ExitCode == 0 {
+			n.Errorf("container ended as %+v", st)
+		}
+		n.awaitNotReady(p.id)
+		n.crictl("rmp", "--force", p.id)
+	})
+}
+
+// kill kills the process whose program's name has the text in it.
+func (n *node) kill(program string) {
+	n.Helper()
+	processes, err := n.Processes()
+	if err != nil {
+		n.Fatal(err)
+	}
+	for _, p := range processes {
+		if strings.Contains(p.Args[0], program) {
+			if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+				n.Fatal(err)
+			}
+			return
+		}
+	}
+	n.Fatalf("no process %q among %v", program, processes)
+}
+
+func (n *node) awaitNotReady(pod string) {
+	n.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+		if strings.Contains(n.crictl("inspectp", pod), "SANDBOX_NOTREADY") {
+			return
+		}
+		if time.Now().After(deadline) {
+			n.Fatalf("pod %s is still ready", pod)
+		}
+	}
+}
