@@ -89,6 +89,7 @@ type podNetwork struct {
 	neighs    *protocol.ARPNeighbors // that the guest was told
 	told      bool                   // the guest was told everything once
 	forwarded bool                   // ports are, or cannot be
+	leftOut   []string               // what was warned of
 }
 
 // A card is a link that the machine has.
@@ -240,9 +241,10 @@ func (n *podNetwork) plan(ctx context.Context) (*network.Plan, error) {
 		return nil, fmt.Errorf("scan network namespace: %w", err)
 	}
 	plan := network.NewPlan(snapshot)
-	if len(plan.LeftOut) > 0 {
+	if !slices.Equal(plan.LeftOut, n.leftOut) && len(plan.LeftOut) > 0 {
 		log.G(ctx).WithField("left_out", plan.LeftOut).Warn("the guest does not get all of the network namespace")
 	}
+	n.leftOut = plan.LeftOut
 	return plan, nil
 }
 
@@ -411,19 +413,40 @@ func (n *podNetwork) follow(ctx context.Context) error {
 		return err
 	}
 	n.s.jobs.Go(func() {
-		for range changes {
-			err := n.alone(life, func() error {
-				if n.ns == nil {
-					return nil
+		var again <-chan time.Time
+		for delay := minRetry; ; {
+			select {
+			case _, open := <-changes:
+				if !open {
+					return
 				}
-				return errors.Join(n.plug(life), n.tell(life))
-			})
-			if err != nil && life.Err() == nil && n.s.alive() == nil {
+			case <-again:
+			}
+			again = nil
+			err := n.alone(life, func() error { return n.renew(life) })
+			switch {
+			case err == nil:
+				delay = minRetry
+			case life.Err() == nil && n.s.alive() == nil:
 				log.G(life).WithError(err).Warn("the guest's network is not what the namespace is")
+				again = time.After(delay)
+				delay = min(2*delay, maxRetry)
 			}
 		}
 	})
 	return nil
+}
+
+// What failed is tried again after that, if nothing changes before: a guest that
+// is busy may need more than one request to let a card go.
+const minRetry, maxRetry = 2 * time.Second, time.Minute
+
+// renew makes the guest's network what the namespace is.
+func (n *podNetwork) renew(ctx context.Context) error {
+	if n.ns == nil {
+		return nil
+	}
+	return errors.Join(n.plug(ctx), n.tell(ctx))
 }
 
 // reapNetwork finds the network of a sandbox whose processes are about to be
