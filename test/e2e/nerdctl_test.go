@@ -212,7 +212,7 @@ func (n *nerd) day() {
 
 	n.has(n.do("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "web"), "web", "MiB", "96MiB")
 	n.do("pause", "web")
-	n.has(n.do("ps"), "Paused")
+	n.has(n.do("inspect", "--format", "{{.State.Status}}", "web"), "paused")
 	n.do("unpause", "web")
 	if got := n.get("127.0.0.1:18080"); got != "hello\n" {
 		n.Errorf("after the pause: %q", got)
