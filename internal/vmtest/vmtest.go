@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -165,7 +166,17 @@ type Machine struct {
 
 // Timeout bounds waits for a guest: generous, because a machine that is shared
 // and emulates may take its time.
-const Timeout = 90 * time.Second
+var Timeout = 90 * time.Second * time.Duration(patience())
+
+// patience is how many times longer everything takes: kvmhost says so where the
+// host of the machines is emulated, too.
+func patience() int {
+	n, err := strconv.Atoi(os.Getenv("VMSHIM_PATIENCE"))
+	if err != nil || n < 1 {
+		return 1
+	}
+	return n
+}
 
 // Context is the test's, with the Timeout.
 func Context(tb testing.TB) context.Context {

@@ -61,6 +61,7 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 // itself.
 type footprint struct {
 	roles map[string]float64
+	image float64 // of the host's: the guest's kernel and initramfs, which QEMU maps and all sandboxes share
 	guest float64
 }
 
@@ -80,6 +81,7 @@ func (f footprint) add(res *results, limit float64) {
 		res.add(r)
 	}
 	res.add(result{Name: "memory (PSS) of all of them", Value: f.host(), Unit: "MiB", AtMost: limit})
+	res.add(result{Name: "of which the mapped kernel and initramfs", Value: f.image, Unit: "MiB"})
 	res.add(result{Name: "memory of the guest that has been touched", Value: f.guest, Unit: "MiB"})
 }
 
@@ -88,8 +90,9 @@ func (f footprint) add(res *results, limit float64) {
 func (r *rig) memoryOf(st *sandbox.State) (footprint, error) {
 	f := footprint{roles: map[string]float64{}}
 	count := func(role string, pid int) error {
-		own, guest, err := shares(pid)
-		f.roles[role] += own
+		own, image, guest, err := r.shares(pid)
+		f.roles[role] += own + image
+		f.image += image
 		f.guest += guest
 		return err
 	}
@@ -109,12 +112,12 @@ func (r *rig) memoryOf(st *sandbox.State) (footprint, error) {
 	return f, errors.Join(errs...)
 }
 
-// shares are a process' proportional set sizes: of the guest's memory, and of
-// everything else.
-func shares(pid int) (own, guest float64, err error) {
+// shares are a process' proportional set sizes: of the guest's memory, of its
+// image, and of everything else.
+func (r *rig) shares(pid int) (own, image, guest float64, err error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	defer f.Close()
 	to := &own
@@ -125,16 +128,18 @@ func shares(pid int) (own, guest float64, err error) {
 		case is:
 			var kib float64
 			if _, err := fmt.Sscan(rest, &kib); err != nil {
-				return 0, 0, err
+				return 0, 0, 0, err
 			}
 			*to += kib / 1024
 		case strings.Contains(line, guestMapping):
 			to = &guest
+		case strings.HasSuffix(line, r.local.Kernel()), strings.HasSuffix(line, r.local.Initrd()):
+			to = &image
 		case mappingLine.MatchString(line):
 			to = &own
 		}
 	}
-	return own, guest, lines.Err()
+	return own, image, guest, lines.Err()
 }
 
 // guestMapping is how the kernel shows the guest's memory, by the name that QEMU
@@ -145,8 +150,11 @@ var mappingLine = regexp.MustCompile(`^[0-9a-f]+-[0-9a-f]+ `)
 
 // pss is a process' proportional set size, whatever it maps.
 func pss(pid int) (float64, error) {
-	own, guest, err := shares(pid)
-	return own + guest, err
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, err
+	}
+	return field(string(text), "Pss:")
 }
 
 // guestMemory is what the guest does not offer to its containers.

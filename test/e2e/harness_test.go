@@ -195,7 +195,7 @@ type result struct {
 // try runs ctr with a time limit.
 func (t *test) try(stdin string, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Timeout)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd := t.Ctr(ctx, args...)

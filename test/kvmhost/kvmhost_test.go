@@ -81,7 +81,7 @@ func TestVMKVMHost(t *testing.T) {
 		for device in kvm vhost-vsock vhost-net net/tun; do test -w /dev/$device; done
 		grep -q memory /sys/fs/cgroup/system.slice/cgroup.controllers
 		echo out; echo err >&2
-		cat question; echo 42 > answer; echo lost > question; rm -r /usr
+		cat question; echo 42 > answer; echo lost > question; rm -r /etc
 		exit 7`)
 	question := filepath.Join(cmd.Dir, "question")
 	if err := os.WriteFile(question, []byte("what\n"), 0o600); err != nil {

@@ -50,6 +50,7 @@ func machine(ctx context.Context, args []string) error {
 	var params []string
 	if found.Accelerator == qemu.TCG {
 		params = clockParams()
+		work.Env = append(work.Env, "VMSHIM_PATIENCE=4")
 	}
 	began := time.Now()
 	vm, err := qemu.Start(ctx, hypervisor.Spec{

@@ -28,12 +28,13 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/daemon"
 	"github.com/vmshim/vmshim/test/ociimage"
 )
 
 // patience is for machines without KVM, on a busy host.
-const patience = 90 * time.Second
+var patience = vmtest.Timeout
 
 // A host is what a containerd would be: a directory for everything, and a
 // receiver of events.

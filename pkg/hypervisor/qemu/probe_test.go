@@ -124,6 +124,32 @@ func TestProbeChooses(t *testing.T) {
 	}
 }
 
+// A KVM that QEMU's user can't open is passed over, or refused with what to do
+// about its permissions.
+func TestProbePrivateKVM(t *testing.T) {
+	if os.Geteuid() != 0 || runtime.GOARCH != "amd64" {
+		t.Skip("needs root on amd64: QEMU has a user of its own only then")
+	}
+	root := fakeHost(t, "svm", "kvm", "vhost-vsock")
+	if err := os.Chmod(filepath.Join(root, "dev/kvm"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, wish := range []string{"auto", KVM} {
+		p := prober{cfg: Config{Accelerator: wish, UIDBase: 1}, host: &Host{Arch: "amd64"}, root: root}
+		err := p.accelerator()
+		switch text := strings.Join(p.host.Warnings, "; "); wish {
+		case "auto":
+			if err != nil || p.host.Accelerator != TCG || !strings.Contains(text, "for root only") {
+				t.Errorf("auto: %s, %v, %q", p.host.Accelerator, err, text)
+			}
+		case KVM:
+			if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "chmod 660") || strings.Contains(err.Error(), "firmware") {
+				t.Errorf("kvm: %v", err)
+			}
+		}
+	}
+}
+
 // All that is missing is said at once.
 func TestProbeNamesEverythingMissing(t *testing.T) {
 	p := prober{
