@@ -101,8 +101,10 @@ func TestShimPodShares(t *testing.T) {
 		of   *tasks
 		want string
 	}{
-		{a, "sleep 1001\nsleep 1002\n"}, {b, "sleep 1001\nsleep 1002\n"},
-		{c, "sleep 1003\nsleep 1004\n"}, {target, "sleep 1003\nsleep 1004\n"},
+		{a, "sleep 1001\nsleep 1002\n"},
+		{b, "sleep 1001\nsleep 1002\n"},
+		{c, "sleep 1003\nsleep 1004\n"},
+		{target, "sleep 1003\nsleep 1004\n"},
 	} {
 		if got := tt.of.output(fmt.Sprintf("ps%d", i), "sh", "-c", list); got != tt.want {
 			t.Errorf("%s sees %q, want %q", tt.of.id, got, tt.want)
