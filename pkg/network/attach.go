@@ -48,6 +48,10 @@ func (n *Namespace) Attach(link LinkID, owner string, queues int, cfg Config) (_
 	if err != nil {
 		return nil, fmt.Errorf("find link: %w", err)
 	}
+	if cfg.Model == Macvtap {
+		a.Taps, err = n.attachMacvtap(target, owner, queues, &undo)
+		return a, err
+	}
 	if a.Taps, err = n.openTap(tapName(link.Index), queues); err != nil {
 		return nil, err
 	}
@@ -143,19 +147,27 @@ func (n *Namespace) removeIngress(index int) error {
 	return nil
 }
 
-// Detach removes what Attach made for links, also when the machine, or the
+// Detach removes what Attach made for links by the model, also when the machine, or the
 // links themselves, are gone already. The links are as they were before.
-func (n *Namespace) Detach(links ...LinkID) error {
+func (n *Namespace) Detach(model Model, links ...LinkID) error {
 	var errs []error
 	for _, l := range links {
-		errs = append(errs, n.removeIngress(l.Index))
-		tap, err := n.handle.LinkByName(tapName(l.Index))
-		if err != nil {
-			continue // gone with its machine
+		if model != Macvtap {
+			errs = append(errs, n.removeIngress(l.Index))
 		}
-		if err := n.handle.LinkDel(tap); err != nil && !errors.Is(err, unix.ENODEV) {
-			errs = append(errs, fmt.Errorf("remove tap %q: %w", tap.Attrs().Name, err))
-		}
+		errs = append(errs, n.removeTap(tapName(l.Index)))
 	}
 	return errors.Join(errs...)
+}
+
+// removeTap copes with one that is gone, as most are with their machine.
+func (n *Namespace) removeTap(name string) error {
+	tap, err := n.handle.LinkByName(name)
+	if err != nil {
+		return nil //nolint:nilerr // gone
+	}
+	if err := n.handle.LinkDel(tap); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove tap %q: %w", name, err)
+	}
+	return nil
 }

@@ -25,8 +25,8 @@ type Catcher struct {
 }
 
 // Catch takes every TCP connection made inside the namespace from now on.
-func (n *Namespace) Catch() (*Catcher, error) {
-	l, err := n.listen()
+func (n *Namespace) Catch(ctx context.Context) (*Catcher, error) {
+	l, err := n.listen(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listen in network namespace: %w", err)
 	}
@@ -41,13 +41,13 @@ func (n *Namespace) Catch() (*Catcher, error) {
 // stay.
 func (c *Catcher) Close() error { return errors.Join(c.attached.Close(), c.TCPListener.Close()) }
 
-func (n *Namespace) listen() (l *net.TCPListener, _ error) {
+func (n *Namespace) listen(ctx context.Context) (l *net.TCPListener, _ error) {
 	err := n.inside(func() error {
 		var cfg net.ListenConfig
 		cfg.SetMultipathTCP(false) // its sockets can't be steered to
-		any, err := cfg.Listen(context.Background(), "tcp", "[::]:0")
+		any, err := cfg.Listen(ctx, "tcp", "[::]:0")
 		if err != nil { // no IPv6
-			any, err = cfg.Listen(context.Background(), "tcp", "0.0.0.0:0")
+			any, err = cfg.Listen(ctx, "tcp", "0.0.0.0:0")
 		}
 		if err != nil {
 			return err

@@ -15,7 +15,7 @@ func TestCatch(t *testing.T) {
 	p := newPod(t)
 	p.up("lo")
 	p.veth("02:00:00:00:00:02", "10.1.0.2/24")
-	c, err := p.Catch()
+	c, err := p.Catch(t.Context())
 	p.must(err)
 	dial := func(to string) (conn net.Conn, err error) {
 		err = p.inside(func() (err error) {

@@ -108,12 +108,16 @@ func (p *pod) wantClean() {
 
 // TestAttach moves frames from the wire to the tap and back, and leaves nothing.
 func TestAttach(t *testing.T) {
-	for _, queues := range []int{1, 2} {
-		t.Run(fmt.Sprint(queues), func(t *testing.T) {
+	for name, tt := range map[string]struct {
+		queues int
+		model  Model
+	}{"tc": {1, TC}, "tc with queues": {2, ""}, "macvtap": {1, Macvtap}, "macvtap with queues": {2, Macvtap}} {
+		t.Run(name, func(t *testing.T) {
+			queues, cfg := tt.queues, Config{Model: tt.model, Vhost: "off"}
 			p := newPod(t)
 			eth0 := p.veth("02:00:00:00:00:02", "10.1.0.2/24")
 			id := LinkID{eth0.Attrs().Index, "eth0"}
-			a, err := p.Attach(id, "sb", queues, Config{Vhost: "off"})
+			a, err := p.Attach(id, "sb", queues, cfg)
 			p.must(err)
 			if len(a.Taps) != queues || len(a.Vhost) != 0 {
 				t.Errorf("%d taps, %d of vhost-net", len(a.Taps), len(a.Vhost))
@@ -129,26 +133,26 @@ func TestAttach(t *testing.T) {
 				t.Errorf("plan with a tap of ours: %+v", plan)
 			}
 			p.exchange(a)
-			if _, err := p.Attach(id, "sb", queues, Config{Vhost: "off"}); err == nil {
+			if _, err := p.Attach(id, "sb", queues, cfg); err == nil {
 				t.Error("attached twice")
 			}
 			p.exchange(a) // the second attempt did no harm
 			p.must(a.Close())
-			p.must(p.Detach(id))
+			p.must(p.Detach(tt.model, id))
 			p.wantClean()
-			p.must(p.Detach(id)) // again
+			p.must(p.Detach(tt.model, id)) // again
 
 			// What a killed process leaves, and what works after that.
-			a, err = p.Attach(id, "sb", queues, Config{Vhost: "off"})
+			a, err = p.Attach(id, "sb", queues, cfg)
 			p.must(err)
 			p.must(a.Close())
-			p.must(p.Detach(id))
+			p.must(p.Detach(tt.model, id))
 			p.wantClean()
 			p.pinged()
 			// With the machine still there.
-			a, err = p.Attach(id, "sb", queues, Config{Vhost: "off"})
+			a, err = p.Attach(id, "sb", queues, cfg)
 			p.must(err)
-			p.must(p.Detach(id))
+			p.must(p.Detach(tt.model, id))
 			p.wantClean()
 			p.pinged()
 			p.must(a.Close())

@@ -8,12 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const tunPath = "/dev/net/tun"
+
 // openTap makes a tap in the namespace, with as many queues. It has no life of
 // its own: it goes with the last of its descriptors.
 func (n *Namespace) openTap(name string, queues int) (files []*os.File, err error) {
 	err = n.inside(func() error {
 		for i := range queues {
-			f, err := openQueue(name, i == 0, queues > 1)
+			f, err := openQueue(tunPath, name, i == 0, queues > 1)
 			if err != nil {
 				return fmt.Errorf("queue %d: %w", i, err)
 			}
@@ -27,7 +29,7 @@ func (n *Namespace) openTap(name string, queues int) (files []*os.File, err erro
 	return files, nil
 }
 
-func openQueue(name string, first, several bool) (*os.File, error) {
+func openQueue(path, name string, first, several bool) (*os.File, error) {
 	// IFF_VNET_HDR: checksums and segmentation are left to who can do them.
 	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 	if first {
@@ -36,7 +38,6 @@ func openQueue(name string, first, several bool) (*os.File, error) {
 	if several {
 		flags |= unix.IFF_MULTI_QUEUE
 	}
-	const path = "/dev/net/tun"
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}

@@ -27,13 +27,13 @@ func (n *podNetwork) forward(ctx context.Context) {
 		log.G(ctx).WithError(err).Info("ports are not forwarded: the guest's agent takes no connections")
 		return
 	}
-	l, err := n.ns.Catch()
+	l, err := n.ns.Catch(ctx)
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("ports are not forwarded")
 		return
 	}
 	n.undo.Add(l.Close)
-	life := log.WithLogger(n.life, log.G(ctx))
+	life := n.life(ctx)
 	n.s.jobs.Go(func() { n.s.acceptForwards(life, l.TCPListener) })
 }
 

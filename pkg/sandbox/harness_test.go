@@ -69,7 +69,7 @@ func (m *machine) Processes() []hypervisor.Process {
 
 func (m *machine) PlugNIC(_ context.Context, nic hypervisor.NIC, _, _ []*os.File) (string, error) {
 	m.env.point("plug nic " + nic.MAC)
-	return "02/01", nil
+	return "02/01", m.env.plugNIC
 }
 
 func (m *machine) UnplugNIC(context.Context, string) error { return nil }
@@ -94,6 +94,7 @@ type env struct {
 	// For the test to change before start.
 	silent  bool              // the guest never says that it is ready
 	startVM func() error      // fails the start of the machine
+	plugNIC error             // of every card
 	opts    Options           // of the next sandbox
 	point   func(what string) // told of each step that can be seen from outside
 	oom     func(id string)   // OnOOM

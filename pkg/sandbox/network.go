@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -32,6 +33,8 @@ type NetworkState struct {
 	// Path led to the namespace when it was joined.
 	Path string     `json:"path"`
 	ID   network.ID `json:"id"`
+	// Model is how links were attached.
+	Model network.Model `json:"model,omitempty"`
 	// Links are those with something of ours beside them.
 	Links []network.LinkID `json:"links,omitempty"`
 }
@@ -76,8 +79,8 @@ var errHostNetwork = fmt.Errorf(
 type podNetwork struct {
 	s    *Sandbox
 	turn chan struct{}
-	life context.Context // of the goroutine that follows
-	quit context.CancelFunc
+	ends chan struct{} // closed when nothing is to be followed any more
+	once sync.Once     // closes ends
 
 	ns        *network.Namespace // nil: not joined
 	undo      cleanup.Stack      // of joining
@@ -86,6 +89,7 @@ type podNetwork struct {
 	neighs    *protocol.ARPNeighbors // that the guest was told
 	told      bool                   // the guest was told everything once
 	forwarded bool                   // ports are, or cannot be
+	leftOut   []string               // what was warned of
 }
 
 // A card is a link that the machine has.
@@ -98,9 +102,7 @@ type card struct {
 func (c *card) id() string { return strconv.Itoa(c.Index) }
 
 func newPodNetwork(s *Sandbox) *podNetwork {
-	n := &podNetwork{s: s, turn: make(chan struct{}, 1)}
-	n.life, n.quit = context.WithCancel(context.Background())
-	return n
+	return &podNetwork{s: s, turn: make(chan struct{}, 1), ends: make(chan struct{})}
 }
 
 // alone calls f while nobody else uses the network.
@@ -118,7 +120,7 @@ func (n *podNetwork) alone(ctx context.Context, f func() error) error {
 // interfaces, as soon as the machine runs. Containers that come later must name
 // the same one, or none: then they have this one in the guest all the same.
 func (n *podNetwork) join(ctx context.Context, path string, named bool) error {
-	if n.s.opts.Config.Network.Model == network.None {
+	if n.config().Model == network.None {
 		return nil
 	}
 	err := n.alone(ctx, func() error {
@@ -168,7 +170,7 @@ func (n *podNetwork) enter(path string) error {
 	n.undo.Add(ns.Close)
 	n.undo.Add(lock.Close)
 	n.undo.Add(func() error { return n.s.state.update(func(st *State) { st.Network = nil }) })
-	return n.s.state.update(func(st *State) { st.Network = &NetworkState{Path: path, ID: ns.ID()} })
+	return n.s.state.update(func(st *State) { st.Network = &NetworkState{Path: path, ID: ns.ID(), Model: n.config().Model} })
 }
 
 // holder names the sandbox whose process has a namespace.
@@ -195,15 +197,17 @@ func (n *podNetwork) leave() error {
 	for _, c := range n.cards {
 		links = append(links, c.LinkID)
 	}
-	err := errors.Join(n.ns.Detach(links...), n.undo.Run())
+	err := errors.Join(n.ns.Detach(n.config().Model, links...), n.undo.Run())
 	n.ns, n.cards, n.routes, n.neighs, n.told, n.forwarded = nil, nil, nil, nil, false, false
 	return err
 }
 
 // close leaves the namespace when the machine is gone, or about to be.
 func (n *podNetwork) close() error {
-	n.quit() // whoever follows has the turn no longer than that takes
-	return n.alone(context.Background(), n.leave)
+	n.once.Do(func() { close(n.ends) }) // whoever follows gives the turn back
+	n.turn <- struct{}{}
+	defer func() { <-n.turn }()
+	return n.leave()
 }
 
 // plug makes the machine's cards those of the namespace.
@@ -237,9 +241,10 @@ func (n *podNetwork) plan(ctx context.Context) (*network.Plan, error) {
 		return nil, fmt.Errorf("scan network namespace: %w", err)
 	}
 	plan := network.NewPlan(snapshot)
-	if len(plan.LeftOut) > 0 {
+	if !slices.Equal(plan.LeftOut, n.leftOut) && len(plan.LeftOut) > 0 {
 		log.G(ctx).WithField("left_out", plan.LeftOut).Warn("the guest does not get all of the network namespace")
 	}
+	n.leftOut = plan.LeftOut
 	return plan, nil
 }
 
@@ -247,34 +252,38 @@ func (n *podNetwork) plan(ctx context.Context) (*network.Plan, error) {
 func (n *podNetwork) add(ctx context.Context, e network.Endpoint) (err error) {
 	c := &card{Endpoint: e}
 	n.cards = append(n.cards, c)
+	var undo cleanup.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, n.ns.Detach(c.LinkID), n.forget(c))
+			err = errors.Join(err, undo.Run())
 		}
 	}()
+	undo.Add(func() error { return n.forget(c) })
 	if err := n.record(); err != nil {
 		return err
 	}
-	var vcpus int
-	if st := n.s.state.snapshot(); st.VCPUs > 0 {
-		vcpus = st.VCPUs
-	}
-	a, err := n.ns.Attach(e.LinkID, n.s.opts.ID, max(1, vcpus), n.s.opts.Config.Network)
+	a, err := n.ns.Attach(e.LinkID, n.s.opts.ID, n.queues(), n.config())
 	if err != nil {
 		return err
 	}
+	undo.Add(func() error { return n.ns.Detach(n.config().Model, c.LinkID) })
 	// The machine has its own descriptors then: the tap goes with it.
 	defer func() { err = errors.Join(err, a.Close()) }()
 	c.path, err = n.s.machine.PlugNIC(ctx, hypervisor.NIC{ID: c.id(), MAC: e.MAC, MTU: e.MTU}, a.Taps, a.Vhost)
 	return err
 }
 
+// queues is one pair for each CPU that the machine started with.
+func (n *podNetwork) queues() int { return max(1, n.s.state.snapshot().VCPUs) }
+
+func (n *podNetwork) config() network.Config { return n.s.opts.Config.Network }
+
 // remove unplugs a card whose link is gone, or down.
 func (n *podNetwork) remove(ctx context.Context, c *card) error {
 	if err := n.s.machine.UnplugNIC(ctx, c.id()); err != nil {
 		return err
 	}
-	return errors.Join(n.ns.Detach(c.LinkID), n.forget(c))
+	return errors.Join(n.ns.Detach(n.config().Model, c.LinkID), n.forget(c))
 }
 
 func (n *podNetwork) forget(c *card) error {
@@ -386,27 +395,58 @@ func (n *podNetwork) tellInterface(ctx context.Context, c *card) error {
 	}
 }
 
+// life is a context that ends with the sandbox's network.
+func (n *podNetwork) life(ctx context.Context) context.Context {
+	ctx, end := context.WithCancel(context.WithoutCancel(ctx))
+	n.s.jobs.Go(func() {
+		<-n.ends
+		end()
+	})
+	return ctx
+}
+
 // follow begins to keep the guest's network as the namespace is.
 func (n *podNetwork) follow(ctx context.Context) error {
-	life := log.WithLogger(n.life, log.G(ctx))
+	life := n.life(ctx)
 	changes, err := n.ns.Watch(life)
 	if err != nil {
 		return err
 	}
 	n.s.jobs.Go(func() {
-		for range changes {
-			err := n.alone(life, func() error {
-				if n.ns == nil {
-					return nil
+		var again <-chan time.Time
+		for delay := minRetry; ; {
+			select {
+			case _, open := <-changes:
+				if !open {
+					return
 				}
-				return errors.Join(n.plug(life), n.tell(life))
-			})
-			if err != nil && life.Err() == nil && n.s.alive() == nil {
+			case <-again:
+			}
+			again = nil
+			err := n.alone(life, func() error { return n.renew(life) })
+			switch {
+			case err == nil:
+				delay = minRetry
+			case life.Err() == nil && n.s.alive() == nil:
 				log.G(life).WithError(err).Warn("the guest's network is not what the namespace is")
+				again = time.After(delay)
+				delay = min(2*delay, maxRetry)
 			}
 		}
 	})
 	return nil
+}
+
+// What failed is tried again after that, if nothing changes before: a guest that
+// is busy may need more than one request to let a card go.
+const minRetry, maxRetry = 2 * time.Second, time.Minute
+
+// renew makes the guest's network what the namespace is.
+func (n *podNetwork) renew(ctx context.Context) error {
+	if n.ns == nil {
+		return nil
+	}
+	return errors.Join(n.plug(ctx), n.tell(ctx))
 }
 
 // reapNetwork finds the network of a sandbox whose processes are about to be

@@ -39,7 +39,7 @@ func Reap(ctx context.Context, dir string) error {
 	ns := reapNetwork(ctx, st)
 	errs := []error{reapProcesses(ctx, dir, st)}
 	if ns != nil {
-		errs = append(errs, ns.Detach(st.Network.Links...), ns.Close())
+		errs = append(errs, ns.Detach(st.Network.Model, st.Network.Links...), ns.Close())
 	}
 	reapHooks(ctx, st)
 	errs = append(errs,

@@ -79,7 +79,7 @@ func newNerd(t *testing.T) *nerd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		n.try("rm", "-f", "web", "client", "bare")
+		_, _ = n.try("rm", "-f", "web", "client", "bare")
 		left, err := n.Leftovers(local.StateDir())
 		for end := time.Now().Add(10 * time.Second); len(left) > 0 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 			left, err = n.Leftovers(local.StateDir())

@@ -314,3 +314,20 @@ func TestShimNetworkForward(t *testing.T) {
 		t.Errorf("after the end: %v", err)
 	}
 }
+
+// The other model has the same to show, with a pair of queues for each CPU.
+func TestShimNetworkMacvtap(t *testing.T) {
+	h := newHost(t, "network = { model = 'macvtap' }", "annotations = ['io.vmshim.vcpus']")
+	l := h.lan()
+	p := l.pod("a", 2)
+	c := h.bundle("macvtap", "sleep", "1000").joins(p)
+	c.spec.Annotations = map[string]string{"io.vmshim.vcpus": "2"}
+	c.run()
+	c.has("ip addr show eth0", "mtu 1380", podMAC(2), "UP", "inet 10.77.0.2/24", "inet6 fd77::2/64")
+	c.has("ls /sys/class/net/eth0/queues", "rx-1", "tx-1")
+	c.has("ping -c 3 -W 10 10.77.0.1", "3 packets received")
+	c.has("ping -c 3 -W 10 fd77::1", "3 packets received")
+	h.must(unix.Kill(h.find("-id\x00macvtap\x00"), unix.SIGKILL))
+	c.cleanup()
+	p.clean(h)
+}
