@@ -10,7 +10,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -68,7 +67,7 @@ func (n *network) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, er
 	}
 	var conn net.Conn
 	err = onThread(func() error { // whose namespace a socket gets
-		if err := ns.enter(unix.CLONE_NEWNET); err != nil {
+		if err := ns.enter(); err != nil {
 			return err
 		}
 		d := net.Dialer{Timeout: connectTimeout}

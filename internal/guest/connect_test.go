@@ -27,7 +27,7 @@ func listenInside(t *testing.T, n *testNetwork, address string, serve func(*net.
 	}
 	var l net.Listener
 	err = onThread(func() (err error) {
-		if err := ns.enter(unix.CLONE_NEWNET); err != nil {
+		if err := ns.enter(); err != nil {
 			return err
 		}
 		l, err = net.Listen("tcp", address)
@@ -91,8 +91,8 @@ func TestConnect(t *testing.T) {
 		t.Errorf("%d bytes of %d, %v", len(got), len(data), err)
 	}
 	select {
-	case <-done:
-		t.Error("the guest closed first")
+	case err := <-done:
+		t.Errorf("the guest closed first: %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
 	host.Close()

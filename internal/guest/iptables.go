@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
@@ -65,7 +64,7 @@ func (n *network) run(ctx context.Context, stdin []byte, name string, args ...st
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.WaitDelay = programPeriod
 	err = onThread(func() error {
-		if err := ns.enter(unix.CLONE_NEWNET); err != nil {
+		if err := ns.enter(); err != nil {
 			return err
 		}
 		return cmd.Start()

@@ -35,10 +35,10 @@ func (n *namespace) control(f func(fd int)) error {
 	return conn.Control(func(fd uintptr) { f(int(fd)) })
 }
 
-// enter makes it the calling thread's.
-func (n *namespace) enter(kind int) error {
+// enter makes it the calling thread's, whatever its kind.
+func (n *namespace) enter() error {
 	var err error
-	if cerr := n.control(func(fd int) { err = unix.Setns(fd, kind) }); cerr != nil {
+	if cerr := n.control(func(fd int) { err = unix.Setns(fd, 0) }); cerr != nil {
 		return cerr
 	}
 	if err != nil {

@@ -383,7 +383,7 @@ func TestNetworkStats(t *testing.T) {
 	if err := onThread(func() error {
 		ns, err := n.sandbox.network.pin()
 		if err == nil {
-			err = ns.enter(unix.CLONE_NEWNET)
+			err = ns.enter()
 		}
 		if err != nil {
 			return err

@@ -44,7 +44,7 @@ func TestMalformedHeader(t *testing.T) {
 		{"nothing", "", io.EOF},
 		{"short", "vms", io.ErrUnexpectedEOF},
 		{"magic", "vms2\x00\x00\x00\x00\x00", ErrMalformed},
-		{"stream", "vms1\x03\x00\x00\x00\x00", ErrMalformed},
+		{"stream", "vms1\x04\x00\x00\x00\x00", ErrMalformed},
 		{"id too long", "vms1\x00\x04\x01", ErrMalformed},
 		{"id cut", "vms1\x00\x00\x05ab", io.ErrUnexpectedEOF},
 		{"no exec id", "vms1\x00\x00\x01a", io.ErrUnexpectedEOF},
