@@ -115,8 +115,10 @@ func TestShimPodShares(t *testing.T) {
 	}
 	// The pod's first process outlives those that share its namespace, and reaps.
 	a.end()
-	if err := os.RemoveAll(a.bundle); err != nil { // as containerd does
-		t.Fatal(err)
+	for _, dir := range []string{a.bundle, filepath.Join(h.dir, "f", "a")} { // as containerd does
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
 	}
 	a = h.bundle("a", "sleep", "1005").annotate("container", "pod").pidNamespace(pod).run()
 	if got := b.output("again", "sh", "-c", list); got != "sleep 1002\nsleep 1005\n" {
