@@ -184,7 +184,11 @@ func (n *nerd) day() {
 		"-v", data+":/data", "--tmpfs", "/scratch:size=1m", "--memory", "96m", "--cpus", "1",
 		ociimage.Name, "sh", "-c", "echo serving; exec nc -ll -p 80 -e echo hello")...)
 
-	n.has(n.do("logs", "web"), "serving")
+	logs := ""
+	for end := time.Now().Add(15 * time.Second); logs == "" && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		logs = n.do("logs", "web")
+	}
+	n.has(logs, "serving")
 	n.has(n.do("ps"), "web", "127.0.0.1:18080->80/tcp")
 	ip := strings.TrimSpace(n.do("inspect", "--format", "{{.NetworkSettings.IPAddress}}", "web"))
 	n.has(n.do("inspect", "web"), `"Running": true`, `"webhost"`)
@@ -212,7 +216,7 @@ func (n *nerd) day() {
 
 	n.has(n.do("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "web"), "web", "MiB", "96MiB")
 	n.do("pause", "web")
-	n.has(n.do("ps"), "Paused")
+	n.has(n.do("inspect", "--format", "{{.State.Status}}", "web"), "paused")
 	n.do("unpause", "web")
 	if got := n.get("127.0.0.1:18080"); got != "hello\n" {
 		n.Errorf("after the pause: %q", got)

@@ -94,6 +94,9 @@ func TestShimNetworkKilled(t *testing.T) {
 				c.cleanup()
 			}
 			p.clean(h)
+			if victim != "both" {
+				return
+			}
 			// Another one starts in the same namespace.
 			d := h.bundle("next", "sleep", "1000").joins(p).run()
 			d.has("ping -c 1 -W 10 10.77.0.1", "1 packets received")
@@ -250,7 +253,7 @@ func TestShimNetworkForward(t *testing.T) {
 	www := filepath.Join(c.bundle, "rootfs", "www")
 	h.must(os.MkdirAll(filepath.Join(www, "cgi-bin"), 0o755))
 	h.must(os.WriteFile(filepath.Join(www, "cgi-bin", "sum"), []byte("#!/bin/sh\necho\nhead -c $CONTENT_LENGTH | sha256sum\n"), 0o755))
-	content, err := io.ReadAll(io.LimitReader(payload(), 8<<20))
+	content, err := io.ReadAll(io.LimitReader(payload(), 2<<20))
 	h.must(err)
 	h.must(os.WriteFile(filepath.Join(www, "content"), content, 0o644))
 	c.run()
