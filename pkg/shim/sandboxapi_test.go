@@ -186,7 +186,7 @@ func TestSandboxAPIRefused(t *testing.T) {
 	want("another one", errdefs.IsInvalidArgument, err)
 	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod"})
 	want("the host's network", errdefs.IsInvalidArgument, err)
-	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", NetnsPath: e.netns()})
+	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", BundlePath: e.dir, NetnsPath: e.netns()})
 	want("create", func(err error) bool { return err == nil }, err)
 	_, err = e.svc.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "pod", NetnsPath: "/n"})
 	want("create twice", errdefs.IsAlreadyExists, err)
