@@ -81,7 +81,7 @@ MACHINES = VMSHIM_REQUIRE=1 go test -count=1 -p 1 -timeout 40m
 
 .PHONY: unit
 unit: ## tests without a machine, under two minutes
-	go test -short -race -skip '^Test(VM|Shim|E2E)' ./...
+	go test -short -race -skip '^Test(VM|Shim|E2E|KVM)' ./...
 
 .PHONY: containerds
 containerds: prereqs
@@ -95,10 +95,10 @@ nerdctl: prereqs
 	@hack/nerdctl >/dev/null
 
 .PHONY: test
-test: all unit vm-test shim-test e2e ## everything that is promised, at most 40 minutes
+test: all unit vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
 
 .PHONY: vm-test
-vm-test: all ## tests of the parts in real machines
+vm-test: all kvm-host-image ## tests of the parts in real machines
 	VMSHIM_ROWS=$(abspath $(OUT))/agent-rows.txt $(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
 	@cat $(OUT)/agent-rows.txt
 
@@ -116,7 +116,8 @@ critest: all containerds ## CRI's conformance tests, compared with runc: FOCUS=,
 	go run ./test/critest -focus '$(FOCUS)' $(if $(MODES),-modes '$(MODES)') -out $(OUT)/critest
 
 .PHONY: test-all
-test-all: test test-kernel critest fuzz bench ## make test, then what takes longer
+test-all: export VMSHIM_TEST_ALL = 1
+test-all: test test-kvm test-kernel critest fuzz bench bench-kvm ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel
@@ -124,7 +125,7 @@ test-kernel: all kernel containerds nerdctl ## every test with a machine, on the
 	go run ./guest/mkimage -agent $(BIN)/vmshim-agent -cache $(CACHE)/debs -out $(OUT)/guest-stable -kernel linux-image-cloud-$(shell dpkg --print-architecture)
 	for guest in stable tuned; do \
 		echo "== guest-$$guest"; \
-		VMSHIM_GUEST=$(abspath $(OUT))/guest-$$guest $(MACHINES) -run '^Test(VM|Shim|E2E)' ./... || exit; \
+		VMSHIM_GUEST=$(abspath $(OUT))/guest-$$guest $(MACHINES) -run '^Test(VM|Shim|E2E)' -skip '^TestVMKVMHost' ./... || exit; \
 	done
 
 FUZZTIME ?= 30s
@@ -140,6 +141,58 @@ bench: all containerds ## start, exec, stdio and memory, as ratios: _output/benc
 .PHONY: demo
 demo: all ## a container in a machine, through containerd, step by step
 	@go run ./test/demo
+
+# -- a KVM host in a machine ---------------------------------------------------
+
+# What users run (KVM, the kernel's vsock, vhost-net, control groups of version
+# 2) where this machine has not got it: test/kvmhost.
+OWN_RELEASE = $(shell . /etc/os-release && echo $$VERSION_CODENAME)
+HOST       ?= $(OWN_RELEASE)
+KVM_HOST    = $(abspath $(BIN))/kvmhost -host $(HOST) -image $(abspath $(OUT))/kvmhost-$(HOST) \
+	-vhost-device-vsock $(abspath $(BIN))/vhost-device-vsock -share $(CACHE) -share $(shell go env GOROOT)
+
+.PHONY: prereqs-kvm-host
+prereqs-kvm-host:
+	@[ -n "$(SKIP_PREREQS)" ] || hack/prereqs hack/packages-kvmhost.txt
+
+# The kernel of the release.
+.PHONY: kvm-host-image
+kvm-host-image: prereqs prereqs-kvm-host
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $(BIN)/kvmhost ./test/kvmhost
+	go run ./guest/mkimage -agent $(BIN)/kvmhost -lists test/kvmhost -cache $(CACHE)/debs -out $(OUT)/kvmhost-$(HOST) \
+		-kernel $(if $(filter bookworm,$(HOST)),linux-image-cloud-$(shell dpkg --print-architecture),'')
+
+.PHONY: kvm-host
+kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or trixie; GET='files to copy back'
+	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
+
+# Tests are linked statically, for they run under another release's libc.
+ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -timeout 1h'
+
+.PHONY: kvm-test
+kvm-test: all kvm-host-image ## what only a KVM host has, on one
+	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
+
+# Each suite has a host of its own, and says what that is.
+KVM_SUITES = pkg/hypervisor/qemu pkg/sandbox test/kvm test/guest test/vm test/agent test/shim test/e2e
+
+.PHONY: test-kvm
+test-kvm: all containerds ## every test with a machine on KVM, kernel vsock and cgroups 2: Debian 12 and 13
+	for host in bookworm trixie; do $(MAKE) test-kvm-host HOST=$$host SKIP_PREREQS=1 || exit; done
+
+.PHONY: test-kvm-host
+test-kvm-host: kvm-host-image
+	for suite in $(KVM_SUITES); do \
+		echo "== $$suite on $(HOST)"; \
+		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVMKVMHost') || exit; \
+	done
+
+.PHONY: bench-kvm
+bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
+	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench
+	$(KVM_HOST) -memory 4096 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
 
 # -- install -----------------------------------------------------------------
 

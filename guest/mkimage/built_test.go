@@ -62,7 +62,7 @@ func TestBuiltKernel(t *testing.T) {
 		t.Error("what boots is not the archive's kernel")
 	}
 	img := tree{}
-	if err := addModules(t.Context(), img, k, []wish{{list: module.BootName, pattern: "virtio_pci"}, {pattern: "ext*"}}); err != nil {
+	if err := addModules(t.Context(), img, k, []wish{{boot: true, pattern: "virtio_pci"}, {pattern: "ext*"}}); err != nil {
 		t.Fatal(err)
 	}
 	index := "builtin ext4\nbuiltin virtio_pci\n"

@@ -8,13 +8,13 @@ import (
 )
 
 func TestParseWishes(t *testing.T) {
-	got, err := parseWishes("# comment\n\nboot virtio_pci # first\nnext overlay\nxt_*\nptp_kvm?\n")
+	got, err := parseWishes("# comment\n\nboot virtio_pci # first\noverlay\nxt_*\nptp_kvm?\n")
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []wish{
-		{list: "boot", pattern: "virtio_pci"},
-		{list: "next", pattern: "overlay"},
+		{boot: true, pattern: "virtio_pci"},
+		{pattern: "overlay"},
 		{pattern: "xt_*"},
 		{pattern: "ptp_kvm", optional: true},
 	}

@@ -16,7 +16,7 @@ import (
 
 // A wish is a line of modules.txt.
 type wish struct {
-	list     string // module.BootName, module.NextName or empty
+	boot     bool // before the agent starts
 	pattern  string
 	optional bool
 }
@@ -30,8 +30,8 @@ func parseWishes(text string) ([]wish, error) {
 		switch {
 		case len(f) == 0:
 			continue
-		case len(f) == 2 && (f[0] == module.BootName || f[0] == module.NextName):
-			w.list = f[0]
+		case len(f) == 2 && f[0] == module.BootName:
+			w.boot = true
 		case len(f) > 1:
 			return nil, fmt.Errorf("modules.txt:%d: %q", n+1, line)
 		}
@@ -137,11 +137,10 @@ func (s *kos) order(ctx context.Context, name string, done []string) ([]string, 
 }
 
 // addModules puts the modules that are wished for, what they need, the index
-// and the lists into the tree.
+// and the list for the boot into the tree.
 func addModules(ctx context.Context, t tree, k *kernel, wishes []wish) error {
 	s := newKos(k)
-	var all []string
-	lists := map[string][]string{}
+	var all, boot []string
 	for _, w := range wishes {
 		names := matching(w.pattern, s.files)
 		if len(names) == 0 && !w.optional && len(matching(w.pattern, k.builtin())) == 0 {
@@ -153,8 +152,8 @@ func addModules(ctx context.Context, t tree, k *kernel, wishes []wish) error {
 			if all, err = s.order(ctx, name, all); err != nil {
 				return err
 			}
-			if w.list != "" {
-				lists[w.list] = append(lists[w.list], all[before:]...)
+			if w.boot {
+				boot = append(boot, all[before:]...)
 			}
 		}
 	}
@@ -166,21 +165,17 @@ func addModules(ctx context.Context, t tree, k *kernel, wishes []wish) error {
 		if !k.has("MODULE_DECOMPRESS") {
 			file, data = name+".ko", m.plain
 		}
-		for _, list := range lists {
-			if slices.Contains(list, name) { // time counts more than memory
-				file, data = name+".ko", unsign(m.plain)
-			}
+		if slices.Contains(boot, name) { // time counts more than memory
+			file, data = name+".ko", unsign(m.plain)
 		}
 		files[name] = file
 		t.file(path.Join(dir, file), 0o644, data)
 	}
-	for list, names := range lists {
-		var text strings.Builder
-		for _, name := range names {
-			fmt.Fprintln(&text, files[name])
-		}
-		t.file(path.Join(dir, list), 0o644, []byte(text.String()))
+	var list strings.Builder
+	for _, name := range boot {
+		fmt.Fprintln(&list, files[name])
 	}
+	t.file(path.Join(dir, module.BootName), 0o644, []byte(list.String()))
 	index, err := s.index(ctx, all, files)
 	t.file(path.Join(dir, module.IndexName), 0o644, index)
 	return err

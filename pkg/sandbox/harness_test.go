@@ -63,6 +63,8 @@ func (m *machine) AgentURL(port uint32) string { return fmt.Sprintf("hvsock:///f
 func (m *machine) Done() <-chan struct{}       { return m.done }
 func (m *machine) Err() error                  { return errors.New("qemu: killed: \"last words\"") }
 func (m *machine) Console() string             { return "\"last words\"" }
+func (m *machine) Examine()                    {}
+
 func (m *machine) Processes() []hypervisor.Process {
 	return []hypervisor.Process{m.proc}
 }

@@ -54,6 +54,8 @@ type Machine interface {
 	Kill() error
 	Console() string
 	Processes() []hypervisor.Process
+	// Examine ends the machine if it can be seen not to work any more.
+	Examine()
 	PlugNIC(ctx context.Context, nic hypervisor.NIC, taps, vhost []*os.File) (path string, err error)
 	UnplugNIC(ctx context.Context, id string) error
 }

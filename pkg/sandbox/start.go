@@ -33,8 +33,9 @@ const (
 	probeMaxDelay = 5 * time.Second
 	// probeTimeout bounds one question.
 	probeTimeout = time.Second
-	// clockInterval is how often the guest is told the time.
-	clockInterval = 30 * time.Second
+	// attendInterval is how often the guest is told the time, and its machine's
+	// helpers are looked at.
+	attendInterval = 30 * time.Second
 	// agentGrace is how long a machine has to end by itself when its agent is
 	// gone.
 	agentGrace = 5 * time.Second
@@ -330,7 +331,7 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 	}
 	s.jobs.Go(func() { s.watchMachine(life) })
 	s.jobs.Go(func() { s.watchOOM(life) })
-	s.jobs.Go(func() { s.keepClock(life) })
+	s.jobs.Go(func() { s.attend(life) })
 	s.state.mark(ctx, PhaseSandbox, time.Now())
 	return s.state.update(func(st *State) { st.Ready = true })
 }
@@ -439,18 +440,20 @@ func (s *Sandbox) servesAfter(ctx context.Context, err error) bool {
 	return false
 }
 
-// keepClock tells the guest the time: its own clock starts with whole seconds,
+// attend does what a running machine needs now and then: a look at what tells
+// no event, and the time for the guest, whose own clock starts with whole seconds
 // and stops whenever the machine does.
-func (s *Sandbox) keepClock(ctx context.Context) {
-	tick := time.NewTicker(clockInterval)
+func (s *Sandbox) attend(ctx context.Context) {
+	tick := time.NewTicker(attendInterval)
 	defer tick.Stop()
-	for {
-		err := s.agent.SetGuestDateTime(ctx, time.Now())
-		if errdefs.IsNotImplemented(err) {
-			return
-		}
-		if err != nil && ctx.Err() == nil && s.alive() == nil {
-			log.G(ctx).WithError(err).Warn("the guest's clock is not set")
+	for clock := true; ; {
+		s.machine.Examine()
+		if clock {
+			err := s.agent.SetGuestDateTime(ctx, time.Now())
+			clock = !errdefs.IsNotImplemented(err)
+			if clock && err != nil && ctx.Err() == nil && s.alive() == nil {
+				log.G(ctx).WithError(err).Warn("the guest's clock is not set")
+			}
 		}
 		select {
 		case <-tick.C:

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"time"
 
@@ -81,6 +82,9 @@ func (s *service) started(id string) (*sandbox.Container, error) {
 func (s *service) CreateSandbox(_ context.Context, r *sandboxapi.CreateSandboxRequest) (*sandboxapi.CreateSandboxResponse, error) {
 	if r.GetSandboxID() != s.cmd.id {
 		return nil, fmt.Errorf("sandbox %q is not %q: %w", r.GetSandboxID(), s.cmd.id, errdefs.ErrInvalidArgument)
+	}
+	if !filepath.IsAbs(r.GetBundlePath()) {
+		return nil, fmt.Errorf("sandbox %q: bundle %q: %w", r.GetSandboxID(), r.GetBundlePath(), errdefs.ErrInvalidArgument)
 	}
 	p, err := newPodConfig(r.GetOptions(), r.GetNetnsPath())
 	if err != nil {

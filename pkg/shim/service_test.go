@@ -43,6 +43,7 @@ func (m *machine) Done() <-chan struct{}           { return m.done }
 func (m *machine) Err() error                      { return errors.New("qemu: killed") }
 func (m *machine) Console() string                 { return "" }
 func (m *machine) Processes() []hypervisor.Process { return nil }
+func (m *machine) Examine()                        {}
 func (m *machine) Shutdown(context.Context) error  { return m.Kill() }
 
 func (m *machine) PlugNIC(context.Context, hypervisor.NIC, []*os.File, []*os.File) (string, error) {

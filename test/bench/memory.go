@@ -1,13 +1,19 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
 // settle is how long a shim has to become idle.
@@ -30,26 +36,11 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 	if err != nil {
 		return err
 	}
-	parts := []result{{Name: "shim", AtMost: 20}}
-	pids := []int{st.Shim.PID}
-	for _, p := range st.Processes {
-		parts, pids = append(parts, result{Name: p.Role}), append(pids, p.PID)
+	of, err := r.memoryOf(st)
+	if err != nil {
+		return err
 	}
-	parts, pids = append(parts, result{Name: "task process"}), append(pids, st.Containers[c.id].Task.PID)
-	for i, part := range parts {
-		part.Name, part.Unit = "memory (PSS) of "+part.Name, "MiB"
-		if part.Value, err = pss(pids[i]); err != nil {
-			return err
-		}
-		if part.AtMost == 0 { // the shim's children are the other parts
-			children, err := childrenPSS(pids[i])
-			if err != nil {
-				return err
-			}
-			part.Value += children
-		}
-		res.add(part)
-	}
+	of.add(res, r.target.host)
 	used, err := c.guestMemory(ctx)
 	if err != nil {
 		return err
@@ -65,33 +56,97 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 	return err
 }
 
-// pss is a process' proportional set size.
-func pss(pid int) (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
-	if err != nil {
-		return 0, err
-	}
-	return field(string(text), "Pss:")
+// A footprint is what a sandbox' processes take of the host, in MiB: the
+// proportional set sizes by role, without the guest's memory, which is counted by
+// itself.
+type footprint struct {
+	roles map[string]float64
+	guest float64
 }
 
-// childrenPSS is that of a helper's own processes: virtiofsd is two.
-func childrenPSS(pid int) (sum float64, _ error) {
-	pids, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-	if err != nil {
-		return 0, err
-	}
-	for child := range strings.FieldsSeq(string(pids)) {
-		pid, err := strconv.Atoi(child)
-		if err != nil {
-			return 0, err
-		}
-		mib, err := pss(pid)
-		if err != nil {
-			return 0, err
-		}
+func (f footprint) host() (sum float64) {
+	for _, mib := range f.roles {
 		sum += mib
 	}
-	return sum, nil
+	return sum
+}
+
+func (f footprint) add(res *results, limit float64) {
+	for _, role := range slices.Sorted(maps.Keys(f.roles)) {
+		r := result{Name: "memory (PSS) of " + role, Value: f.roles[role], Unit: "MiB"}
+		if role == "shim" {
+			r.AtMost = 20
+		}
+		res.add(r)
+	}
+	res.add(result{Name: "memory (PSS) of all of them", Value: f.host(), Unit: "MiB", AtMost: limit})
+	res.add(result{Name: "memory of the guest that has been touched", Value: f.guest, Unit: "MiB"})
+}
+
+// memoryOf looks at a sandbox, at the children of its helpers too: virtiofsd is
+// two processes.
+func (r *rig) memoryOf(st *sandbox.State) (footprint, error) {
+	f := footprint{roles: map[string]float64{}}
+	count := func(role string, pid int) error {
+		own, guest, err := shares(pid)
+		f.roles[role] += own
+		f.guest += guest
+		return err
+	}
+	errs := []error{count("shim", st.Shim.PID)}
+	for _, c := range st.Containers {
+		errs = append(errs, count("task process", c.Task.PID))
+	}
+	for _, p := range st.Processes {
+		errs = append(errs, count(p.Role, p.PID))
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.PID, p.PID))
+		errs = append(errs, err)
+		for child := range strings.FieldsSeq(string(children)) {
+			pid, err := strconv.Atoi(child)
+			errs = append(errs, err, count(p.Role, pid))
+		}
+	}
+	return f, errors.Join(errs...)
+}
+
+// shares are a process' proportional set sizes: of the guest's memory, and of
+// everything else.
+func shares(pid int) (own, guest float64, err error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	defer f.Close()
+	to := &own
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		line := lines.Text()
+		switch rest, is := strings.CutPrefix(line, "Pss:"); {
+		case is:
+			var kib float64
+			if _, err := fmt.Sscan(rest, &kib); err != nil {
+				return 0, 0, err
+			}
+			*to += kib / 1024
+		case strings.Contains(line, guestMapping):
+			to = &guest
+		case mappingLine.MatchString(line):
+			to = &own
+		}
+	}
+	return own, guest, lines.Err()
+}
+
+// guestMapping is how the kernel shows the guest's memory, by the name that QEMU
+// gives its file; mappingLine begins what smaps(5) has of a mapping.
+const guestMapping = "memfd:memory-backend-memfd"
+
+var mappingLine = regexp.MustCompile(`^[0-9a-f]+-[0-9a-f]+ `)
+
+// pss is a process' proportional set size, whatever it maps.
+func pss(pid int) (float64, error) {
+	own, guest, err := shares(pid)
+	return own + guest, err
 }
 
 // guestMemory is what the guest does not offer to its containers.

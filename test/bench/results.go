@@ -51,6 +51,8 @@ func (r result) limit() string {
 type results struct {
 	Host    map[string]string `json:"host"`
 	Results []result          `json:"results"`
+	// TimeLine is the median start's.
+	TimeLine []step `json:"time_line,omitempty"`
 }
 
 func (rs *results) add(r result) {
@@ -76,6 +78,7 @@ func (rs *results) print(w io.Writer) {
 		fmt.Fprintf(t, "%s\t%.4g %s\t%s\t%s\t%s\t%s\n", r.Name, r.Value, r.Unit, ratio, r.Against, r.limit(), verdict)
 	}
 	_ = t.Flush()
+	draw(w, rs.TimeLine)
 }
 
 // verdict is an error that names every limit that was missed.

@@ -11,7 +11,7 @@ import (
 // A container whose runtime options name a faulty configuration fails with
 // what is wrong; nothing is left, as after every test.
 func TestE2EConfigFaults(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		good := t.local.Config()
 		for name, c := range map[string]struct{ text, want string }{
@@ -33,7 +33,7 @@ func TestE2EConfigFaults(tt *testing.T) {
 }
 
 func TestE2EAnnotations(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		r := t.try("", runArgs([]string{"--rm", "--annotation", "io.vmshim.vcpus=2", "--annotation", "io.vmshim.kernel_params=vmshim.test=1"}, t.id("allowed"), "sh", "-c", "nproc; cat /proc/cmdline")...)
 		if !strings.HasPrefix(r.stdout, "2\n") || !strings.Contains(r.stdout, "vmshim.test=1") {
@@ -47,7 +47,7 @@ func TestE2EAnnotations(tt *testing.T) {
 }
 
 func TestE2EKernelPanics(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		r := t.try("", runArgs([]string{"--rm", "--annotation", "io.vmshim.kernel_params=rdinit=/no/such/init root=/dev/none"}, t.id(""), "true")...)
 		if r.code == 0 || !strings.Contains(r.stderr, "panic") {

@@ -29,7 +29,7 @@ func TestE2EExec(tt *testing.T) {
 }
 
 func TestE2EExecFaults(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		id := t.spawn(nil, "sleep", "1000")
 		for name, r := range map[string]result{
 			"command not found": t.try("", "task", "exec", "--exec-id", "a", id, "/no/such/command"),
@@ -52,7 +52,7 @@ func TestE2EExecFaults(tt *testing.T) {
 
 // An exec'd process ends with the container, and its exec is told so.
 func TestE2EExecEndsWithContainer(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		id := t.spawn(nil, "sleep", "1000")
 		ended := make(chan result, 1)
 		go func() {

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"os/exec"
 	"regexp"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/daemon"
 	"github.com/vmshim/vmshim/test/ociimage"
 )
@@ -43,11 +45,13 @@ type host struct {
 	*daemon.Daemon
 	local      *daemon.Local
 	generation string
+	busy       sync.Mutex // held by the one test that uses it
 }
 
 var hosts = map[string]func() (*host, error){}
 
 func TestMain(m *testing.M) {
+	vmtest.SayHost()
 	os.Exit(func() int {
 		var (
 			mu      sync.Mutex
@@ -96,7 +100,7 @@ func start(generation string) (*host, error) {
 		}
 	}
 	d, err := local.Start(ctx, generation)
-	return &host{d, local, generation}, err
+	return &host{Daemon: d, local: local, generation: generation}, err
 }
 
 // A test is one test under one containerd.
@@ -106,8 +110,23 @@ type test struct {
 	ids []string
 }
 
-// each runs f under every generation. What f's containers leave is an error.
-func each(t *testing.T, f func(t *test)) {
+// each runs f under every generation: what depends on what the daemon does.
+func each(t *testing.T, f func(t *test)) { under(t, generations, f) }
+
+// once runs f under one generation, always the same: what depends on the shim
+// alone. VMSHIM_TEST_ALL runs it under every one.
+func once(t *testing.T, f func(t *test)) {
+	if os.Getenv("VMSHIM_TEST_ALL") != "" {
+		each(t, f)
+		return
+	}
+	t.Parallel()
+	sum := crc32.ChecksumIEEE([]byte(t.Name()))
+	under(t, []string{generations[int(sum)%len(generations)]}, f)
+}
+
+// under runs f under some generations. What f's containers leave is an error.
+func under(t *testing.T, generations []string, f func(t *test)) {
 	if testing.Short() {
 		t.Skip("starts machines; not in short mode")
 	}
@@ -118,6 +137,8 @@ func each(t *testing.T, f func(t *test)) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			h.busy.Lock() // what is left behind is looked for on all of a daemon
+			t.Cleanup(h.busy.Unlock)
 			tt := &test{T: t, host: h}
 			t.Cleanup(tt.clean)
 			f(tt)

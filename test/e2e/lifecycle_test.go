@@ -91,7 +91,7 @@ func TestE2EPs(tt *testing.T) {
 // What a container wrote into its own root is there for the next task, and
 // not for other containers.
 func TestE2ERootIsWritable(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		a, b := t.id("a"), t.id("b")
 		for _, id := range []string{a, b} {
 			t.ctr(runArgs([]string{"--detach"}, id, "sleep", "1000")...)

@@ -19,7 +19,7 @@ func TestE2EMetrics(tt *testing.T) {
 }
 
 func TestE2EMemoryLimit(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		events := t.watch()
 		// A process of the container that takes all it gets: tail keeps the
 		// last line, which never ends.
@@ -32,7 +32,7 @@ func TestE2EMemoryLimit(tt *testing.T) {
 
 // A limit above what a machine has by default makes the machine larger.
 func TestE2EMachineFollowsLimit(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		r := t.try("", runArgs([]string{"--rm", "--memory-limit", "536870912"}, t.id(""), "dd", "if=/dev/zero", "of=/dev/null", "bs=300M", "count=1")...)
 		t.equal("exit code", r.code, 0)

@@ -13,7 +13,7 @@ func bind(from, to, options string) []string {
 }
 
 func TestE2EBindMount(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "a"), "from the host\n")
 		id := t.spawn(bind(dir, "/data", "rbind:rw"), "sleep", "1000")
@@ -33,7 +33,7 @@ func TestE2EBindMount(tt *testing.T) {
 }
 
 func TestE2EReadOnlyMount(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "a"), "from the host\n")
 		r := t.try("", runArgs(append(bind(dir, "/data", "rbind:ro"), "--rm"), t.id(""), "sh", "-c", "cat /data/a; echo x > /data/b")...)
@@ -48,7 +48,7 @@ func TestE2EReadOnlyMount(tt *testing.T) {
 }
 
 func TestE2EFileMount(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		file := filepath.Join(t.TempDir(), "motd")
 		write(t, file, "hello\n")
 		r := t.try("", runArgs(append(bind(file, "/etc/motd", "rbind:rw"), "--rm"), t.id(""), "sh", "-c", "cat /etc/motd; echo changed > /etc/motd")...)
@@ -58,7 +58,7 @@ func TestE2EFileMount(tt *testing.T) {
 }
 
 func TestE2EMountOfNothing(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		r := t.try("", runArgs(append(bind("/no/such/dir", "/data", "rbind:ro"), "--rm"), t.id(""), "true")...)
 		if r.code == 0 || !strings.Contains(r.stderr, "/no/such/dir") {
 			t.Errorf("exit code %d, stderr %q: want the path in an error", r.code, r.stderr)
@@ -68,7 +68,7 @@ func TestE2EMountOfNothing(tt *testing.T) {
 
 // Two containers share a directory, each from its machine.
 func TestE2ESharedMount(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		dir := t.TempDir()
 		flags := append(bind(dir, "/data", "rbind:rw"), "--detach")
 		a, b := t.id("a"), t.id("b")

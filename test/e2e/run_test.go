@@ -17,7 +17,7 @@ func TestE2ERun(tt *testing.T) {
 }
 
 func TestE2EKernel(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		host, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 		if err != nil {
@@ -40,7 +40,7 @@ func TestE2EKernel(tt *testing.T) {
 
 // Every line of a process that ends at once must arrive.
 func TestE2EShortOutput(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		r := t.run("seq", "1", "200000")
 		lines := strings.Count(r.stdout, "\n")
 		t.equal("lines", lines, 200000)
@@ -62,14 +62,14 @@ func TestE2EStdin(tt *testing.T) {
 }
 
 func TestE2EEnvironment(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		r := t.try("", runArgs([]string{"--rm", "--env", "GREETING=hello world", "--cwd", "/tmp"}, t.id(""), "sh", "-c", "echo $GREETING; pwd")...)
 		t.equal("stdout", r.stdout, "hello world\n/tmp\n")
 	})
 }
 
 func TestE2ECommandNotFound(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		r := t.run("/no/such/command")
 		if r.code == 0 || !strings.Contains(r.stderr, "/no/such/command") {
 			t.Errorf("exit code %d, stderr %q: want the command in an error", r.code, r.stderr)
@@ -88,7 +88,7 @@ func TestE2ELongID(tt *testing.T) {
 
 // Three containers at a time are three machines.
 func TestE2EMany(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		ids := []string{t.id("1"), t.id("2"), t.id("3")}
 		for _, id := range ids {
 			t.ctr(runArgs([]string{"--detach"}, id, "sleep", "1000")...)

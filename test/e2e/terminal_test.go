@@ -59,7 +59,7 @@ func TestE2ETerminal(tt *testing.T) {
 }
 
 func TestE2EExecTerminal(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		id := t.spawn(nil, "sleep", "1000")
 		shell(t, "task", "exec", "--tty", "--exec-id", "tty", id, "sh")
 	})

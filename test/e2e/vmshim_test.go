@@ -14,7 +14,7 @@ import (
 
 // The operator's command sees what the shim did.
 func TestE2EOperator(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		needMachine(t)
 		var checked struct{ OK bool }
 		t.vmshim(&checked, "check")

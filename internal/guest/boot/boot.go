@@ -65,7 +65,7 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	if err := runTasks(ctx, []task{
 		{"switch root", true, switchRoot},
 		{"first mounts", true, func() error { return mountAll(early) }},
-		{"modules", false, func() error { return modules.LoadList(module.BootName) }},
+		{"modules", false, modules.LoadBoot},
 		{"mounts", true, func() error { return mountAll(late) }},
 		{"device links", false, makeLinks},
 		{"cgroup controllers", false, enableControllers},
@@ -91,9 +91,6 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 func afterwards(ctx context.Context, modules *module.Loader, agent int) {
 	runtime.LockOSThread()
 	idle(true)
-	if err := modules.LoadList(module.NextName); err != nil {
-		log.G(ctx).WithError(err).Warn("modules missing")
-	}
 	if err := loopbackUp(); err != nil {
 		log.G(ctx).WithError(err).Warn("set up loopback")
 	}

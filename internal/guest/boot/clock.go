@@ -2,6 +2,7 @@ package boot
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -28,7 +29,12 @@ func keepClock(ctx context.Context, modules *module.Loader) {
 	if err != nil || !strings.Contains(string(sources), "kvm-clock") {
 		return // not KVM
 	}
-	if err := modules.Load("ptp_kvm", ""); err != nil && !errdefs.IsNotFound(err) {
+	err = modules.Load("ptp_kvm", "")
+	if errors.Is(err, unix.EOPNOTSUPP) { // the host's own time is not the TSC's, as in a virtual machine
+		log.G(ctx).Debug("the clock is for the host to set")
+		return
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
 		log.G(ctx).WithError(err).Warn("clock is not kept")
 		return
 	}

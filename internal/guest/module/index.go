@@ -7,9 +7,8 @@
 //	builtin NAME              what the kernel has without a module
 //
 // FILE is relative to the directory of the index. Patterns are those of
-// modules.alias (globs). Beside it, two files list the modules that are loaded
-// always, one file name per line, in order: "boot" before the agent starts,
-// "next" beside it.
+// modules.alias (globs). Beside it, the file "boot" lists the modules that are
+// loaded always, before the agent starts: one file name per line, in order.
 package module
 
 import (
@@ -30,7 +29,6 @@ const Dir = "/lib/modules"
 const (
 	IndexName = "index"
 	BootName  = "boot"
-	NextName  = "next"
 )
 
 // A Module is one file and what it needs.

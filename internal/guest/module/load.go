@@ -47,10 +47,9 @@ func read(dir string) (*Index, error) {
 	return index, nil
 }
 
-// LoadList loads the files that a file in the directory lists, BootName or
-// NextName, as far as it can.
-func (l *Loader) LoadList(name string) error {
-	list, err := os.ReadFile(filepath.Join(l.dir, name))
+// LoadBoot loads the modules that are loaded always, as far as it can.
+func (l *Loader) LoadBoot() error {
+	list, err := os.ReadFile(filepath.Join(l.dir, BootName))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}

@@ -96,11 +96,11 @@ func TestBuiltin(t *testing.T) {
 	}
 }
 
-// A directory without lists and index, or none at all.
+// A directory without list and index, or none at all.
 func TestNoModules(t *testing.T) {
 	l := New(t.TempDir())
-	if err := l.LoadList(BootName); err != nil {
-		t.Errorf("LoadList = %v", err)
+	if err := l.LoadBoot(); err != nil {
+		t.Errorf("LoadBoot = %v", err)
 	}
 	if err := l.Load("xfs", ""); !errdefs.IsNotFound(err) {
 		t.Errorf("Load = %v, want not found", err)
@@ -115,8 +115,8 @@ func TestLoadMissingFile(t *testing.T) {
 		}
 	}
 	l := New(dir)
-	if err := l.LoadList(BootName); err == nil || !strings.Contains(err.Error(), "a.ko") || !strings.Contains(err.Error(), "b.ko") {
-		t.Errorf("LoadList = %v, want both files in it", err)
+	if err := l.LoadBoot(); err == nil || !strings.Contains(err.Error(), "a.ko") || !strings.Contains(err.Error(), "b.ko") {
+		t.Errorf("LoadBoot = %v, want both files in it", err)
 	}
 	if err := l.Load("fs-xfs", ""); err == nil || !strings.Contains(err.Error(), "load module xfs: ") || !strings.Contains(err.Error(), "libcrc32c.ko.xz") {
 		t.Errorf("Load = %v, want the module and the file in it", err)

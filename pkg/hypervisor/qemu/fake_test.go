@@ -135,6 +135,8 @@ func runFakeVsock(behaviour string, args []string) int {
 		return fail("vhost-device-vsock: no such luck")
 	case "never":
 		select {}
+	case threadBehaviour:
+		runThread()
 	}
 	var control, streams string
 	for _, arg := range args {

@@ -196,15 +196,15 @@ func (w dirWatch) dial(ctx context.Context, path string) (*os.File, error) {
 }
 
 // openVhostVsock opens the kernel's device and finds a context id that is free:
-// only the kernel knows.
-func openVhostVsock() (device *os.File, cid uint32, err error) {
+// only the kernel knows. Pick proposes one.
+func openVhostVsock(pick func() uint32) (device *os.File, cid uint32, err error) {
 	const path = "/dev/vhost-vsock"
 	device, err = os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return nil, 0, err
 	}
 	for range 64 {
-		cid = randomCID()
+		cid = pick()
 		switch err := setGuestCID(device, cid); {
 		case err == nil:
 			return device, cid, nil

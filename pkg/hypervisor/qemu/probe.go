@@ -122,12 +122,21 @@ func (p *prober) accelerator() error {
 	case err == nil:
 		p.host.Accelerator = KVM
 	case p.cfg.Accelerator == KVM:
-		return missing("kvm", err, "enable virtualization in the firmware (nested, in a virtual machine) and load kvm_intel or kvm_amd")
+		return missing("kvm", err, kvmRemedy(err))
 	default:
 		p.host.Accelerator = TCG
 		p.warn("no kvm (%v): tcg emulates every instruction, 10 to 50 times slower", err)
 	}
 	return nil
+}
+
+// kvmRemedy is about the device's permissions where those are the reason.
+func kvmRemedy(err error) string {
+	var private *privateDeviceError
+	if errors.As(err, &private) || errors.Is(err, fs.ErrPermission) {
+		return "QEMU runs as a user of its own, who must be able to open it"
+	}
+	return "enable virtualization in the firmware (nested, in a virtual machine) and load kvm_intel or kvm_amd"
 }
 
 // kvm says why KVM can't be used. A /dev/kvm that opens proves nothing:

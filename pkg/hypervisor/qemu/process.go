@@ -70,7 +70,8 @@ type process struct {
 	done   chan struct{} // closed when it is reaped and its output read
 	err    error         // how it ended; valid after done
 
-	optional bool // guarded by VM.mu: the machine does not end with it
+	optional bool     // guarded by VM.mu: the machine does not end with it
+	threads  []string // guarded by VM.mu: of Examine
 }
 
 // start runs a command. The process is on record (launcher.started) before

@@ -101,7 +101,14 @@ func deviceGroup(path string) (uint32, error) {
 	case stat.Mode&0o060 == 0o060 && stat.Gid != 0:
 		return stat.Gid, nil
 	}
-	return 0, fmt.Errorf("%s is for root only: give it a group (chgrp kvm %s; chmod 660 %s)", path, path, path)
+	return 0, &privateDeviceError{path}
+}
+
+// A privateDeviceError says that nobody but root can use a device.
+type privateDeviceError struct{ path string }
+
+func (e *privateDeviceError) Error() string {
+	return fmt.Sprintf("%s is for root only: give it a group (chgrp kvm %[1]s; chmod 660 %[1]s)", e.path)
 }
 
 // Options are what Start needs besides the description of the machine.

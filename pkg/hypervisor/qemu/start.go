@@ -141,7 +141,7 @@ func (vm *VM) orGone(ctx context.Context, err error) error {
 // openVsock gives QEMU its end of the guest's vsock and listens for the guest.
 func (vm *VM) openVsock(ctx context.Context, fd *descriptors, give func(*os.File) int) (err error) {
 	if vm.opts.Host.Vsock == VsockKernel {
-		device, cid, err := openVhostVsock()
+		device, cid, err := openVhostVsock(randomCID)
 		if err != nil {
 			return fmt.Errorf("vsock: %w", err)
 		}

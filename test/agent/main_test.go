@@ -1,0 +1,9 @@
+package agent_test
+
+import (
+	"testing"
+
+	"github.com/vmshim/vmshim/internal/vmtest"
+)
+
+func TestMain(m *testing.M) { vmtest.Main(m) }

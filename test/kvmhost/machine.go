@@ -1,0 +1,280 @@
+package main
+
+import (
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/pkg/hypervisor"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+)
+
+// scratch takes a file system in memory, in a mount namespace of this process.
+const scratch = "/mnt"
+
+// uidBase is what the machine's users are counted from, apart from those of
+// machines that tests run directly.
+const uidBase = 2100000000
+
+// machine runs the machine. It is the first process of its namespaces: whatever
+// it leaves, the kernel removes.
+func machine(ctx context.Context, args []string) error {
+	o, err := parse(args)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("not done after %v", o.timeout))
+	defer cancel()
+	work, err := newOrder(o)
+	if err != nil {
+		return err
+	}
+	shares, err := openShares(work.Mounts, o.root)
+	if err != nil {
+		return fmt.Errorf("make shares: %w", err)
+	}
+	cfg, found, err := probe(ctx, o)
+	if err != nil {
+		return err
+	}
+	var params []string
+	if found.Accelerator == qemu.TCG {
+		params = clockParams()
+	}
+	began := time.Now()
+	vm, err := qemu.Start(ctx, hypervisor.Spec{
+		Name: "kvmhost", Arch: runtime.GOARCH,
+		VCPUs: o.cpus, MaxVCPUs: o.cpus, MemoryMiB: o.memory, MaxMemoryMiB: o.memory,
+		Kernel: filepath.Join(o.image, "vmlinux"), Initrd: filepath.Join(o.image, "initrd.img"),
+		KernelParams: params, Shares: shares,
+	}, qemu.Options{Config: cfg, Host: found, Dir: filepath.Join(scratch, "vm")})
+	if err != nil {
+		return err
+	}
+	defer vm.Kill() //nolint:errcheck // it can't fail
+	select {
+	case <-vm.Ready():
+	case <-vm.Done():
+		return fmt.Errorf("boot: %w", vm.Err())
+	case <-ctx.Done():
+		return fmt.Errorf("boot: %w; console: %s", context.Cause(ctx), vm.Console())
+	}
+	err = converse(ctx, vm, work, func(about string) {
+		fmt.Fprintf(os.Stderr, "kvmhost: %s; itself on %s, QEMU %s; up after %.1f s\n", about, found.Accelerator, found.Version, time.Since(began).Seconds())
+	})
+	var status exitStatus
+	if err != nil && !errors.As(err, &status) {
+		err = explain(ctx, vm, err)
+	}
+	return err
+}
+
+// explain adds what is known of a machine that a conversation broke off with.
+func explain(ctx context.Context, vm *qemu.VM, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	select {
+	case <-vm.Done():
+		return fmt.Errorf("%w: %w", err, vm.Err())
+	case <-time.After(time.Second): // a connection ends a moment before the machine does
+		return fmt.Errorf("%w; console: %s", err, vm.Console())
+	}
+}
+
+// probe decides what the machine runs on: KVM where it can be nested, and
+// otherwise a processor that QEMU emulates together with its SVM.
+func probe(ctx context.Context, o options) (qemu.Config, *qemu.Host, error) {
+	cfg := qemu.Config{VhostDeviceVsock: o.vsock, VirtiofsdCache: "always", UIDBase: uidBase}
+	if !nested() {
+		cfg.Accelerator, cfg.CPU = qemu.TCG, "EPYC,+svm"
+	}
+	found, err := qemu.Probe(ctx, cfg)
+	if err == nil && found.Accelerator == qemu.TCG && cfg.CPU == "" { // KVM was not usable after all
+		cfg.CPU = "EPYC,+svm"
+	}
+	return cfg, found, err
+}
+
+// nested says whether guests of this machine's KVM can have KVM.
+func nested() bool {
+	for _, name := range []string{"kvm_intel", "kvm_amd"} {
+		value, err := os.ReadFile("/sys/module/" + name + "/parameters/nested")
+		if err == nil && strings.ContainsAny(string(value), "Y1") {
+			return true
+		}
+	}
+	return false
+}
+
+func newOrder(o options) (order, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return order{}, err
+	}
+	w := order{Args: o.args, Dir: dir, Env: environment(os.Environ())}
+	for _, pattern := range o.get {
+		if !filepath.IsAbs(pattern) {
+			pattern = filepath.Join(dir, pattern)
+		}
+		w.Files = append(w.Files, pattern)
+	}
+	w.Mounts = []mounted{{"root", "/"}}
+	paths := append([]string{checkout(dir)}, o.share...)
+	if filepath.IsAbs(o.args[0]) && strings.HasPrefix(o.args[0], os.TempDir()) { // what go test has built
+		paths = append(paths, filepath.Dir(o.args[0]))
+	}
+	slices.Sort(paths) // so that one can be below another
+	for i, p := range slices.Compact(paths) {
+		if p, err = filepath.Abs(p); err != nil {
+			return w, err
+		}
+		w.Mounts = append(w.Mounts, mounted{fmt.Sprintf("share%d", i), p})
+	}
+	return w, nil
+}
+
+// environment is what the command gets of this process'.
+func environment(all []string) (env []string) {
+	for _, kv := range all {
+		key, _, _ := strings.Cut(kv, "=")
+		switch {
+		case slices.Contains([]string{"HOME", "PATH", "LANG", "CI", "XDG_CACHE_HOME"}, key),
+			strings.HasPrefix(key, "VMSHIM_"), strings.HasPrefix(key, "GO"):
+			env = append(env, kv)
+		}
+	}
+	return env
+}
+
+// checkout is the directory above that has a go.mod, or the directory itself.
+func checkout(dir string) string {
+	for d := dir; d != "/"; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+			return d
+		}
+	}
+	return dir
+}
+
+// openShares makes read-only mounts of the directories, each without what is
+// mounted below it.
+func openShares(mounts []mounted, root string) ([]hypervisor.Share, error) {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return nil, fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil { // of this pid namespace
+		return nil, fmt.Errorf("mount proc: %w", err)
+	}
+	var dirs []*os.File // opened before something is mounted over them
+	for i, m := range mounts {
+		dir := m.Path
+		if i == 0 {
+			dir = root
+		}
+		f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		dirs = append(dirs, f)
+	}
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", 0, "mode=0755"); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", scratch, err)
+	}
+	if err := os.Mkdir(filepath.Join(scratch, "vm"), 0o755); err != nil {
+		return nil, err
+	}
+	var shares []hypervisor.Share
+	for i, m := range mounts {
+		at := filepath.Join(scratch, m.Tag)
+		if err := bindReadOnly(dirs[i], at); err != nil {
+			return nil, fmt.Errorf("%s: %w", m.Path, err)
+		}
+		shares = append(shares, hypervisor.Share{Tag: m.Tag, Dir: at})
+	}
+	return shares, nil
+}
+
+func bindReadOnly(dir *os.File, at string) error {
+	if err := os.Mkdir(at, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), at, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind: %w", err)
+	}
+	if err := unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("make read-only: %w", err)
+	}
+	return nil
+}
+
+// converse gives the order and does what comes back, to the end.
+func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string)) error {
+	conn, err := vm.Dial(ctx, port)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	if err := gob.NewEncoder(conn).Encode(work); err != nil {
+		return fmt.Errorf("give order: %w", err)
+	}
+	files := map[string]bool{}
+	for in := gob.NewDecoder(conn); ; {
+		var f frame
+		if err := in.Decode(&f); err != nil {
+			return fmt.Errorf("connection to the machine ended: %w", err)
+		}
+		switch {
+		case f.Done && f.Err != "":
+			return errors.New(f.Err)
+		case f.Done && f.Code != 0:
+			return exitStatus(f.Code)
+		case f.Done:
+			return nil
+		case f.Host != "":
+			up(f.Host)
+		case f.File != "":
+			if err := store(f, work.Files, !files[f.File]); err != nil {
+				return err
+			}
+			files[f.File] = true
+		case f.Stream == 1:
+			_, _ = os.Stdout.Write(f.Data)
+		default:
+			_, _ = os.Stderr.Write(f.Data)
+		}
+	}
+}
+
+// store writes a piece of a file that was asked for.
+func store(f frame, patterns []string, first bool) error {
+	if !slices.ContainsFunc(patterns, func(p string) bool { ok, _ := path.Match(p, f.File); return ok }) {
+		return fmt.Errorf("%s was not asked for", f.File)
+	}
+	flags := os.O_WRONLY | os.O_CREATE | os.O_APPEND
+	if first {
+		if err := os.MkdirAll(filepath.Dir(f.File), 0o755); err != nil {
+			return err
+		}
+		flags |= os.O_TRUNC
+	}
+	to, err := os.OpenFile(f.File, flags, f.Mode.Perm())
+	if err != nil {
+		return err
+	}
+	_, err = to.Write(f.Data)
+	return errors.Join(err, to.Close())
+}

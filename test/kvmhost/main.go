@@ -1,0 +1,170 @@
+// Command kvmhost runs a command on a host with KVM, kernel vsock, vhost-net and
+// control groups of version 2, whatever machine it is called on: in a virtual
+// machine whose processor has AMD's SVM, emulated where this one has no KVM
+// either. It is meant for tests, and serves go test as its -exec.
+//
+//	kvmhost [flags] COMMAND [ARGUMENT…]
+//
+// The machine sees this one's root file system, or that of another release of
+// Debian, and further directories at their own paths, read-only below layers that
+// vanish with it: nothing that happens in it changes anything here, except the
+// files that are asked for with -get. /tmp, /run and /var/lib are in memory.
+//
+// The command starts in the directory that kvmhost was called in, without
+// standard input. Its output is copied as it comes; its exit status is kvmhost's
+// (125: there was none). Environment: HOME, PATH, LANG, CI, XDG_CACHE_HOME and
+// what begins with VMSHIM_ or GO.
+//
+// Everything on this machine lives in a pid and a mount namespace of kvmhost's
+// child, and ends with it: by the kernel when kvmhost itself is killed.
+//
+// The same program is the machine's first process and its server.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vmshim/vmshim/internal/guest/boot"
+	"github.com/vmshim/vmshim/internal/guest/module"
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
+)
+
+// What this program is called with when it is not called by a person.
+const (
+	machineMode = "machine" // the child with the namespaces
+	serveMode   = "serve"   // in the machine
+)
+
+// failed is the exit status when the command has none, as of docker run and
+// others.
+const failed = 125
+
+func main() { os.Exit(run(os.Args)) }
+
+func run(args []string) int {
+	mode := ""
+	if len(args) > 1 {
+		mode = args[1]
+	}
+	ctx := context.Background()
+	switch {
+	case filepath.Base(args[0]) == "modprobe":
+		return module.Modprobe(args[1:])
+	case mode == serveMode:
+		return report(serve(ctx))
+	case mode == machineMode:
+		return report(machine(ctx, args[2:]))
+	case os.Getpid() == 1:
+		boot.Run(ctx, serveMode)
+		return 1
+	}
+	return report(host(ctx, args))
+}
+
+// An exitStatus is how the command ended.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
+
+func report(err error) int {
+	var status exitStatus
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	}
+	fmt.Fprintln(os.Stderr, "kvmhost:", err)
+	if gone, ok := errors.AsType[*qemu.ExitError](err); ok {
+		fmt.Fprintf(os.Stderr, "%+v", gone)
+	}
+	return failed
+}
+
+type list []string
+
+func (l *list) String() string     { return strings.Join(*l, " ") }
+func (l *list) Set(s string) error { *l = append(*l, s); return nil }
+
+type options struct {
+	release string
+	root    string // of the release; found, not given
+	image   string
+	vsock   string
+	memory  int
+	cpus    int
+	timeout time.Duration
+	share   list
+	get     list
+	args    []string
+}
+
+func parse(args []string) (options, error) {
+	var o options
+	flags := flag.NewFlagSet("kvmhost", flag.ContinueOnError)
+	flags.StringVar(&o.release, "host", "", "Debian `release` whose programs the machine has; empty: this machine's own")
+	flags.StringVar(&o.image, "image", "", "`directory` with the machine's kernel and initramfs (make kvm-host-image)")
+	flags.StringVar(&o.vsock, "vhost-device-vsock", "", "`binary` of vhost-device-vsock, where this machine has no vsock")
+	flags.IntVar(&o.memory, "memory", 3072, "the machine's memory in `MiB`; it costs what is used of it")
+	flags.IntVar(&o.cpus, "cpus", 2, "the machine's `CPUs`")
+	flags.DurationVar(&o.timeout, "timeout", 30*time.Minute, "the machine is killed after this `time`")
+	flags.Var(&o.share, "share", "another `directory` that the machine is to see; may be repeated")
+	flags.Var(&o.get, "get", "`pattern` of files that are copied back; may be repeated")
+	flags.StringVar(&o.root, "root", "", "`directory` of the release; empty: made by mmdebstrap, and kept")
+	if err := flags.Parse(args); err != nil {
+		return o, err
+	}
+	o.args = flags.Args()
+	if len(o.args) == 0 || o.image == "" {
+		return o, errors.New("usage: kvmhost -image DIR [flags] COMMAND [ARGUMENT…]; kvmhost -h lists the flags")
+	}
+	return o, nil
+}
+
+// host finds the root file system and starts the child.
+func host(ctx context.Context, args []string) error {
+	o, err := parse(args[1:])
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("needs root, for namespaces and read-only mounts")
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	if o.root == "" {
+		if o.root, err = releaseRoot(ctx, o.release); err != nil {
+			return err
+		}
+	}
+	runtime.LockOSThread() // the child dies with the thread that started it
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root}, args[1:]...)...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+		Pdeathsig:  syscall.SIGKILL,
+		Setpgid:    true, // a terminal's Ctrl-C comes by way of this process
+	}
+	err = cmd.Run() // of whose namespace nobody is left when it returns
+	var exit *exec.ExitError
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("interrupted: %w", context.Cause(ctx))
+	case errors.As(err, &exit) && exit.Exited():
+		return exitStatus(exit.ExitCode())
+	}
+	return err
+}

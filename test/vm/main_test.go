@@ -1,0 +1,9 @@
+package vm
+
+import (
+	"testing"
+
+	"github.com/vmshim/vmshim/internal/vmtest"
+)
+
+func TestMain(m *testing.M) { vmtest.Main(m) }
