@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -53,6 +54,22 @@ type member interface{ AddProc(pid uint64) error }
 type v1 struct{ cgroup1.Cgroup }
 
 func (g v1) AddProc(pid uint64) error { return g.Cgroup.AddProc(pid) }
+
+// HostMetrics is what the whole sandbox costs on the host, in the form of the
+// host's version of control groups (*stats.Metrics of containerd's cgroups);
+// ErrNotFound without a group of its own.
+func (s *Sandbox) HostMetrics() (proto.Message, error) {
+	if s.cgroup == nil {
+		return nil, fmt.Errorf("sandbox %q has no control group: %w", s.opts.ID, errdefs.ErrNotFound)
+	}
+	switch g := s.cgroup.group.(type) {
+	case v1:
+		return g.Stat(cgroup1.IgnoreNotExist)
+	case *cgroup2.Manager:
+		return g.Stat()
+	}
+	return nil, fmt.Errorf("control group of sandbox %q: %w", s.opts.ID, errdefs.ErrNotImplemented)
+}
 
 // cgroupPath reads linux.cgroupsPath: a path, or slice:prefix:name for
 // systemd. An empty one is none.

@@ -13,8 +13,11 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
@@ -230,17 +233,29 @@ func (s *service) PingSandbox(_ context.Context, r *sandboxapi.PingRequest) (*sa
 	return &sandboxapi.PingResponse{}, nil
 }
 
-// SandboxMetrics are the numbers of the pod.
+// SandboxMetrics are what the pod costs on the host, its machine included. A host
+// without a group for it knows nothing.
 func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetricsRequest) (*sandboxapi.SandboxMetricsResponse, error) {
 	stand, err := s.started(r.GetSandboxID())
 	if err != nil {
 		return nil, err
 	}
-	stats, err := stand.Stats(ctx)
-	if err != nil {
-		return nil, err
+	s.mu.Lock()
+	box := s.box
+	s.mu.Unlock()
+	var m *anypb.Any
+	if box != nil {
+		var cost proto.Message
+		if cost, err = box.HostMetrics(); err == nil {
+			m, err = encodeMetrics(cost)
+		}
 	}
-	m, err := metrics(stats, hostUnified())
+	if box == nil || errdefs.IsNotFound(err) {
+		var stats *protocol.StatsContainerResponse
+		if stats, err = stand.Stats(ctx); err == nil {
+			m, err = metrics(stats, hostUnified())
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,10 @@ func metrics(r *protocol.StatsContainerResponse, unified bool) (*anypb.Any, erro
 	if unified {
 		m = metrics2(r)
 	}
+	return encodeMetrics(m)
+}
+
+func encodeMetrics(m proto.Message) (*anypb.Any, error) {
 	value, err := proto.Marshal(m)
 	if err != nil {
 		return nil, fmt.Errorf("encode metrics: %w", err)

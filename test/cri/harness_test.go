@@ -4,6 +4,7 @@ package cri
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
@@ -37,6 +38,10 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// generation is which containerd; see daemon.Generations. The sandbox API came
+// with 2.
+var generation = cmp.Or(os.Getenv("VMSHIM_TEST_CONTAINERD"), "2")
+
 // A node is a containerd with CRI.
 type node struct {
 	*testing.T
@@ -64,7 +69,7 @@ func newNode(t *testing.T, handler string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := local.StartCRI(t.Context(), "2", daemon.CRI{
+	d, err := local.StartCRI(t.Context(), generation, daemon.CRI{
 		PauseImage: ociimage.Name, Network: fmt.Sprintf(daemon.Network, filepath.Join(dir, "addresses")),
 	})
 	if err != nil {

@@ -101,8 +101,10 @@ func TestShimPodShares(t *testing.T) {
 		of   *tasks
 		want string
 	}{
-		{a, "sleep 1001\nsleep 1002\n"}, {b, "sleep 1001\nsleep 1002\n"},
-		{c, "sleep 1003\nsleep 1004\n"}, {target, "sleep 1003\nsleep 1004\n"},
+		{a, "sleep 1001\nsleep 1002\n"},
+		{b, "sleep 1001\nsleep 1002\n"},
+		{c, "sleep 1003\nsleep 1004\n"},
+		{target, "sleep 1003\nsleep 1004\n"},
 	} {
 		if got := tt.of.output(fmt.Sprintf("ps%d", i), "sh", "-c", list); got != tt.want {
 			t.Errorf("%s sees %q, want %q", tt.of.id, got, tt.want)
@@ -113,6 +115,11 @@ func TestShimPodShares(t *testing.T) {
 	}
 	// The pod's first process outlives those that share its namespace, and reaps.
 	a.end()
+	for _, dir := range []string{a.bundle, filepath.Join(h.dir, "f", "a")} { // as containerd does
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
 	a = h.bundle("a", "sleep", "1005").annotate("container", "pod").pidNamespace(pod).run()
 	if got := b.output("again", "sh", "-c", list); got != "sleep 1002\nsleep 1005\n" {
 		t.Errorf("after one came again: %q", got)
