@@ -497,14 +497,16 @@ func TestPlugShare(t *testing.T) {
 		conn.Close()
 	})
 	t.Run("daemon fails", func(t *testing.T) {
-		var vm *VM
+		made := make(chan *VM, 1)
 		ended := qmptest.Do(func() {
+			vm := <-made
 			vm.mu.Lock()
 			p := vm.processes[0]
 			vm.mu.Unlock()
 			await(t, "end of the daemon", p.done)
 		})
-		vm = scripted(t, chardev, hangUp, ended, refuse("device_add"), qmptest.Expect("device_del"), absent, noChardev)
+		vm := scripted(t, chardev, hangUp, ended, refuse("device_add"), qmptest.Expect("device_del"), absent, noChardev)
+		made <- vm
 		vm.launcher.env = append(vm.launcher.env, behaviour{virtiofsd: "exit"}.env()...)
 		_, err := vm.PlugShare(within(t), share)
 		wantError(t, err, nil, "virtiofsd ended: exit status 1: virtiofsd: no share today")
