@@ -34,7 +34,7 @@ func TestE2EKill(tt *testing.T) {
 }
 
 func TestE2EDeleteRunning(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		id := t.spawn(nil, "sleep", "1000")
 		if r := t.try("", "task", "delete", id); r.code == 0 {
 			t.Error("a running task was deleted")
@@ -48,7 +48,7 @@ func TestE2EDeleteRunning(tt *testing.T) {
 }
 
 func TestE2EPause(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "ticks"), "")
 		id := t.spawn(bind(dir, "/data", "rbind:rw"), "sh", "-c", "while :; do echo >> /data/ticks; sleep 0.05; done")
@@ -68,7 +68,7 @@ func TestE2EPause(tt *testing.T) {
 }
 
 func TestE2EPs(tt *testing.T) {
-	each(tt, func(t *test) {
+	once(tt, func(t *test) {
 		id := t.spawn(nil, "sh", "-c", "sleep 1000 & wait")
 		pid := t.pid(id)
 		if err := syscall.Kill(pid, 0); pid <= 1 || err != nil {
