@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 
+	"github.com/vmshim/vmshim/internal/rtnetlink"
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
 
@@ -66,7 +68,7 @@ func (n *network) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, er
 		return nil, err
 	}
 	var conn net.Conn
-	err = onThread(func() error { // whose namespace a socket gets
+	err = thread.Run(func() error { // whose namespace a socket gets
 		if err := ns.enter(); err != nil {
 			return err
 		}
@@ -91,7 +93,7 @@ func own(h *netlink.Handle, ip netip.Addr) error {
 	if ip = ip.Unmap(); ip.IsLoopback() {
 		return nil
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnetlink.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
 
@@ -26,7 +27,7 @@ func listenInside(t *testing.T, n *testNetwork, address string, serve func(*net.
 		t.Fatal(err)
 	}
 	var l net.Listener
-	err = onThread(func() (err error) {
+	err = thread.Run(func() (err error) {
 		if err := ns.enter(); err != nil {
 			return err
 		}

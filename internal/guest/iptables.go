@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -63,7 +64,7 @@ func (n *network) run(ctx context.Context, stdin []byte, name string, args ...st
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), stdout, stderr
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.WaitDelay = programPeriod
-	err = onThread(func() error {
+	err = thread.Run(func() error {
 		if err := ns.enter(); err != nil {
 			return err
 		}

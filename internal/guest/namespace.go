@@ -4,9 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/thread"
 )
 
 // A namespace that is kept open has a path by which libcontainer can join it.
@@ -66,7 +67,7 @@ func (p *pinned) close() error { return errors.Join(p.ipc.close(), p.uts.close()
 // pinNamespaces makes them, with the hostname set.
 func pinNamespaces(hostname string) (*pinned, error) {
 	var p pinned
-	err := onThread(func() error {
+	err := thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
 			return fmt.Errorf("unshare namespaces: %w", err)
 		}
@@ -91,7 +92,7 @@ func pinNamespaces(hostname string) (*pinned, error) {
 // pinNetwork makes a network namespace, with the loopback device up.
 func pinNetwork() (*namespace, error) {
 	var ns *namespace
-	err := onThread(func() error {
+	err := thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("unshare network: %w", err)
 		}
@@ -125,7 +126,7 @@ func loopbackUp() error {
 // system would stop the whole agent.
 func mountNamespace(mount func() error) (*namespace, error) {
 	var ns *namespace
-	err := onThread(func() error {
+	err := thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare mounts: %w", err)
 		}
@@ -140,21 +141,4 @@ func mountNamespace(mount func() error) (*namespace, error) {
 		return err
 	})
 	return ns, err
-}
-
-// onThread calls f on a thread of its own that ends afterwards, whatever f did
-// to it. That is never the process' first one: it cannot end, and is what
-// /proc/PID shows.
-func onThread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onThread(f) // on another one, as this is taken
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }

@@ -131,16 +131,3 @@ func (n *namespace) handle(f func(netns.NsHandle)) error {
 	}
 	return n.control(func(fd int) { f(netns.NsHandle(fd)) })
 }
-
-// maxDumps bounds how often a list is asked for that changes meanwhile.
-const maxDumps = 10
-
-// dump lists something. What the kernel says is incomplete is asked for again.
-func dump[T any](list func() ([]T, error)) ([]T, error) {
-	for range maxDumps - 1 {
-		if all, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return all, err
-		}
-	}
-	return list()
-}

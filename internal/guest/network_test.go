@@ -17,6 +17,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/rtnetlink"
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 )
@@ -204,7 +206,7 @@ func TestUpdateInterfaceWaits(t *testing.T) {
 // names compares the links inside, by their MACs.
 func (n *testNetwork) names(want ...string) {
 	n.t.Helper()
-	links, err := dump(n.in.LinkList)
+	links, err := rtnetlink.Dump(n.in.LinkList)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -380,7 +382,7 @@ func TestNetworkStats(t *testing.T) {
 	n := newTestNetwork(t)
 	n.plug("eth0", mac1)
 	n.update(&types.Interface{Name: "eth0", HwAddr: mac1, IPAddresses: ips("10.0.0.2/24")})
-	if err := onThread(func() error {
+	if err := thread.Run(func() error {
 		ns, err := n.sandbox.network.pin()
 		if err == nil {
 			err = ns.enter()

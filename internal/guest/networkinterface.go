@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/vmshim/vmshim/internal/rtnetlink"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 )
@@ -26,7 +27,7 @@ const ifLoopback = net.FlagLoopback
 func (s *service) ListInterfaces(context.Context, *protocol.ListInterfacesRequest) (*protocol.Interfaces, error) {
 	list := &protocol.Interfaces{}
 	err := s.sandbox.network.look(func(h *netlink.Handle) error {
-		links, err := dump(h.LinkList)
+		links, err := rtnetlink.Dump(h.LinkList)
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}
@@ -62,7 +63,7 @@ func describe(h *netlink.Handle, link netlink.Link) (*types.Interface, error) {
 }
 
 func addresses(h *netlink.Handle, link netlink.Link) ([]netlink.Addr, error) {
-	addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
+	addrs, err := rtnetlink.Dump(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", link.Attrs().Name, err)
 	}
@@ -183,7 +184,7 @@ func (n *network) find(ctx context.Context, in, out *netlink.Handle, want *iface
 	for {
 		var all []candidate
 		for _, h := range []*netlink.Handle{in, out} {
-			links, err := dump(h.LinkList)
+			links, err := rtnetlink.Dump(h.LinkList)
 			if err != nil {
 				return nil, fmt.Errorf("list links: %w", err)
 			}
@@ -416,7 +417,7 @@ func (s *service) AddARPNeighbors(ctx context.Context, req *protocol.AddARPNeigh
 
 // linkNames are the indices of links by their names, and the names by index.
 func linkNames(h *netlink.Handle) (index map[string]int, name map[int]string, err error) {
-	links, err := dump(h.LinkList)
+	links, err := rtnetlink.Dump(h.LinkList)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list links: %w", err)
 	}

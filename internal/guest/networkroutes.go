@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/rtnetlink"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 )
@@ -179,7 +180,7 @@ func table(h *netlink.Handle) ([]tableEntry, error) {
 	}
 	var all []tableEntry
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := dump(func() ([]netlink.Route, error) { return h.RouteList(nil, family) })
+		list, err := rtnetlink.Dump(func() ([]netlink.Route, error) { return h.RouteList(nil, family) })
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}

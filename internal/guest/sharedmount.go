@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -71,7 +72,7 @@ func shareMount(from, to *process, source, target string) error {
 		return err
 	}
 	defer ours.close()
-	return onThread(func() error {
+	return thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return fmt.Errorf("unshare root: %w", err)
 		}

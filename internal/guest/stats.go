@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/cgroups/fs2"
 	"github.com/vishvananda/netlink"
 
+	"github.com/vmshim/vmshim/internal/rtnetlink"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -115,7 +116,7 @@ func toBlkio(in *cgroups.BlkioStats) *protocol.BlkioStats {
 func (n *network) stats() ([]*protocol.NetworkStats, error) {
 	var stats []*protocol.NetworkStats
 	err := n.look(func(h *netlink.Handle) error {
-		links, err := dump(h.LinkList)
+		links, err := rtnetlink.Dump(h.LinkList)
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}

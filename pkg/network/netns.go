@@ -4,11 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/thread"
 )
 
 // An ID tells namespaces apart, for as long as they are there.
@@ -98,7 +99,7 @@ func (n *Namespace) control(f func(fd int) error) error {
 
 // inside calls f on a thread in the namespace.
 func (n *Namespace) inside(f func() error) error {
-	return onThread(func() error {
+	return thread.Run(func() error {
 		return n.control(func(fd int) error {
 			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 				return fmt.Errorf("enter network namespace: %w", err)
@@ -106,20 +107,4 @@ func (n *Namespace) inside(f func() error) error {
 			return f()
 		})
 	})
-}
-
-// onThread calls f on a thread that ends afterwards, whatever f did to it. That
-// is never the process' first one: it cannot end, and is what /proc/PID shows.
-func onThread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onThread(f) // on another one, as this is taken
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }

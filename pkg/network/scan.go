@@ -1,35 +1,23 @@
 package network
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/rtnetlink"
 )
-
-// maxDumps bounds how often a list is asked for that changes meanwhile.
-const maxDumps = 10
-
-// dump lists something. What the kernel says is incomplete is asked for again.
-func dump[T any](list func() ([]T, error)) ([]T, error) {
-	for range maxDumps - 1 {
-		if all, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return all, err
-		}
-	}
-	return list()
-}
 
 // Scan takes a snapshot.
 func (n *Namespace) Scan() (*Snapshot, error) {
-	links, err := dump(n.handle.LinkList)
+	links, err := rtnetlink.Dump(n.handle.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return n.handle.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnetlink.Dump(func() ([]netlink.Addr, error) { return n.handle.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -63,7 +51,7 @@ func toLink(link netlink.Link, addrs []netlink.Addr) Link {
 
 func (n *Namespace) routes() (all []Route, _ error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := dump(func() ([]netlink.Route, error) {
+		list, err := rtnetlink.Dump(func() ([]netlink.Route, error) {
 			return n.handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
@@ -108,7 +96,7 @@ func toRoutes(raw netlink.Route) (all []Route) {
 }
 
 func (n *Namespace) neighbors() (all []Neighbor, _ error) {
-	list, err := dump(func() ([]netlink.Neigh, error) { return n.handle.NeighList(0, netlink.FAMILY_ALL) })
+	list, err := rtnetlink.Dump(func() ([]netlink.Neigh, error) { return n.handle.NeighList(0, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, err
 	}

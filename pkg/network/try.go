@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/thread"
 )
 
 // Try says why links cannot become cards on this host, as found out with a link
@@ -35,7 +37,7 @@ func Try(cfg Config) (vhost bool, err error) {
 
 // newNamespace makes one that goes when it is closed, with what is in it.
 func newNamespace() (n *Namespace, _ error) {
-	err := onThread(func() (err error) {
+	err := thread.Run(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make network namespace: %w", os.NewSyscallError("unshare", err))
 		}

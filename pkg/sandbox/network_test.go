@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -33,28 +33,12 @@ func newPod(t *testing.T) *pod {
 	needRoot(t)
 	p := &pod{t: t, path: t.TempDir() + "/ns"}
 	p.must(os.WriteFile(p.path, nil, 0o600))
-	p.must(onThread(p.make))
+	p.must(thread.Run(p.make))
 	t.Cleanup(func() {
 		p.Close()
 		p.must(unix.Unmount(p.path, unix.MNT_DETACH))
 	})
 	return p
-}
-
-// onThread calls f on a thread that ends afterwards, which the first one can't:
-// it would stay in the namespace, and be taken for the host's.
-func onThread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onThread(f)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }
 
 func (p *pod) make() error {

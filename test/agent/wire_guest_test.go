@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/test/agent/plain"
@@ -406,16 +406,13 @@ func wireTaps(t *testing.T) []*os.File {
 		LinkAttrs: netlink.LinkAttrs{Name: "wire0"}, Mode: netlink.TUNTAP_MODE_TAP, NonPersist: true,
 		Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR, Queues: 1,
 	}
-	made := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for ever: the namespace is the thread's
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = netlink.LinkAdd(link)
+	err := thread.Run(func() error { // the namespace is the thread's
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
 		}
-		made <- err
-	}()
-	if err := <-made; err != nil {
+		return netlink.LinkAdd(link)
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +16,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/thread"
 )
 
 // A netns is a network namespace that lasts until its path is unmounted and
@@ -34,7 +35,7 @@ func (h *host) netns(name string) *netns {
 	if err := os.WriteFile(n.path, nil, 0o600); err != nil {
 		h.Fatal(err)
 	}
-	err := onThread(func() error {
+	err := thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
@@ -67,24 +68,9 @@ func (n *netns) unmount(h *host) {
 	}
 }
 
-// onThread calls f on a thread that ends afterwards, which the first one can't.
-func onThread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onThread(f)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
-
 // inside calls f on a thread in the namespace.
 func (n *netns) inside(f func() error) error {
-	return onThread(func() error {
+	return thread.Run(func() error {
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 			return err
 		}

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -33,13 +33,7 @@ type wire struct {
 func newWire(t *testing.T) *wire {
 	t.Helper()
 	w := &wire{}
-	done := make(chan error, 1)
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // for ever: the namespace is the thread's
-		done <- w.make(t)
-	}()
-	if err := <-done; err != nil {
+	if err := thread.Run(func() error { return w.make(t) }); err != nil { // the namespace is the thread's
 		t.Fatal(err)
 	}
 	var servers sync.WaitGroup
