@@ -133,19 +133,27 @@ func (n *podNetwork) join(ctx context.Context, path string, named bool) error {
 		if err := n.enter(path); err != nil {
 			return err
 		}
-		err := await(ctx, n.s.running)
-		if err == nil {
-			err = n.plug(ctx)
+		if err := n.begin(ctx); err != nil {
+			return errors.Join(err, n.leave())
 		}
-		if err != nil {
-			err = errors.Join(err, n.leave())
-		}
-		return err
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("join network: %w", err)
 	}
 	return nil
+}
+
+// begin gives the machine its first cards.
+func (n *podNetwork) begin(ctx context.Context) error {
+	if err := await(ctx, n.s.running); err != nil {
+		return err
+	}
+	plan, err := n.plan(ctx)
+	if err != nil {
+		return err
+	}
+	return n.plug(ctx, plan)
 }
 
 func (n *podNetwork) sameAs(path string) error {
@@ -193,11 +201,7 @@ func (n *podNetwork) leave() error {
 	if n.ns == nil {
 		return nil
 	}
-	var links []network.LinkID
-	for _, c := range n.cards {
-		links = append(links, c.LinkID)
-	}
-	err := errors.Join(n.ns.Detach(n.config().Model, links...), n.undo.Run())
+	err := errors.Join(n.ns.Detach(n.config().Model, n.links()...), n.undo.Run())
 	n.ns, n.cards, n.routes, n.neighs, n.told, n.forwarded = nil, nil, nil, nil, false, false
 	return err
 }
@@ -210,12 +214,8 @@ func (n *podNetwork) close() error {
 	return n.leave()
 }
 
-// plug makes the machine's cards those of the namespace.
-func (n *podNetwork) plug(ctx context.Context) error {
-	plan, err := n.plan(ctx)
-	if err != nil {
-		return err
-	}
+// plug makes the machine's cards those of the plan.
+func (n *podNetwork) plug(ctx context.Context, plan *network.Plan) error {
 	var errs []error
 	for _, c := range slices.Clone(n.cards) {
 		if !slices.ContainsFunc(plan.Endpoints, func(e network.Endpoint) bool { return e.Index == c.Index }) {
@@ -235,6 +235,7 @@ func (n *podNetwork) plug(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// plan looks at the namespace.
 func (n *podNetwork) plan(ctx context.Context) (*network.Plan, error) {
 	snapshot, err := n.ns.Scan()
 	if err != nil {
@@ -291,11 +292,16 @@ func (n *podNetwork) forget(c *card) error {
 	return n.record()
 }
 
-func (n *podNetwork) record() error {
-	var links []network.LinkID
+// links are those with something of ours beside them.
+func (n *podNetwork) links() (links []network.LinkID) {
 	for _, c := range n.cards {
 		links = append(links, c.LinkID)
 	}
+	return links
+}
+
+func (n *podNetwork) record() error {
+	links := n.links()
 	return n.s.state.update(func(st *State) {
 		if st.Network != nil {
 			now := *st.Network
@@ -312,7 +318,11 @@ func (n *podNetwork) configure(ctx context.Context) error {
 		if n.ns == nil || n.told {
 			return nil
 		}
-		if err := n.tell(ctx); err != nil {
+		plan, err := n.plan(ctx)
+		if err != nil {
+			return err
+		}
+		if err := n.tell(ctx, plan); err != nil {
 			return err
 		}
 		n.told = true
@@ -324,12 +334,8 @@ func (n *podNetwork) configure(ctx context.Context) error {
 	return nil
 }
 
-// tell says what the guest does not know yet.
-func (n *podNetwork) tell(ctx context.Context) error {
-	plan, err := n.plan(ctx)
-	if err != nil {
-		return err
-	}
+// tell says what of the plan the guest does not know yet.
+func (n *podNetwork) tell(ctx context.Context, plan *network.Plan) error {
 	for _, c := range n.cards {
 		if c.told {
 			continue
@@ -446,7 +452,11 @@ func (n *podNetwork) renew(ctx context.Context) error {
 	if n.ns == nil {
 		return nil
 	}
-	return errors.Join(n.plug(ctx), n.tell(ctx))
+	plan, err := n.plan(ctx)
+	if err != nil {
+		return err
+	}
+	return errors.Join(n.plug(ctx, plan), n.tell(ctx, plan))
 }
 
 // reapNetwork finds the network of a sandbox whose processes are about to be
