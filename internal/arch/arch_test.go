@@ -118,3 +118,17 @@ func TestPackageDoc(t *testing.T) {
 		}
 	}
 }
+
+// What calls methods by names made at run time makes the linker keep every
+// exported method of every type: the shim grew by half. The tag is the Makefile's.
+func TestShimWithoutTemplates(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "-tags", "grpcnotrace", module+"/cmd/containerd-shim-vm-v2").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	for _, dep := range []string{"text/template", "html/template"} {
+		if slices.Contains(strings.Fields(string(out)), dep) {
+			t.Errorf("the shim depends on %s", dep)
+		}
+	}
+}
