@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 
 	"github.com/vmshim/vmshim/pkg/config"
@@ -54,28 +53,13 @@ var errFailed = errors.New("failed")
 // Main runs the command that args (without the program's name) ask for and
 // returns the exit status: 0, 1 when it failed, 2 when it was not understood.
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	if len(args) == 0 {
-		usage(stderr)
-		return exitUsage
-	}
-	if slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]) {
-		usage(stdout)
+	c, err := parse(args, stdout, stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
 		return exitOK
-	}
-	i := slices.IndexFunc(commands(), func(c command) bool { return c.name == args[0] })
-	if i < 0 {
-		fmt.Fprintf(stderr, "vmshim: no command %q\n", args[0])
-		usage(stderr)
+	case err != nil:
 		return exitUsage
 	}
-	c, err := parse(commands()[i], args[1:], stderr)
-	if errors.Is(err, flag.ErrHelp) {
-		return exitOK
-	}
-	if err != nil {
-		return exitUsage
-	}
-	c.stdout = stdout
 	switch err := c.run(ctx, c); {
 	case errors.Is(err, errFailed):
 		return exitFailed
@@ -94,33 +78,77 @@ func usage(w io.Writer) {
 	fmt.Fprint(w, "\nID is that of a container or sandbox, or the name of a sandbox's directory.\n")
 }
 
-// parse reads flags before and after the operands. The flag package prints
-// what is wrong.
-func parse(cmd command, args []string, stderr io.Writer) (*call, error) {
-	c := &call{command: cmd}
-	fs := flag.NewFlagSet("vmshim "+cmd.name, flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	fs.Usage = func() {
-		fmt.Fprintf(stderr, "usage: vmshim %s\n\n%s\n\n", strings.TrimSpace(cmd.name+" [--json] [--config FILE] "+cmd.args), cmd.help)
-		fs.PrintDefaults()
+// find returns flag.ErrHelp after it has printed what was asked for.
+func find(name string, stdout, stderr io.Writer) (command, error) {
+	if name == "help" {
+		usage(stdout)
+		return command{}, flag.ErrHelp
 	}
+	for _, c := range commands() {
+		if c.name == name {
+			return c, nil
+		}
+	}
+	err := fmt.Errorf("vmshim: no command %q", name)
+	fmt.Fprintln(stderr, err)
+	usage(stderr)
+	return command{}, err
+}
+
+// parse reads the command and its operands, with flags anywhere among them. What
+// is wrong has been printed.
+func parse(args []string, stdout, stderr io.Writer) (*call, error) {
+	c := &call{stdout: stdout}
+	fs := flag.NewFlagSet("vmshim", flag.ContinueOnError)
+	fs.SetOutput(stderr)
 	fs.BoolVar(&c.json, "json", false, "print JSON, for programs")
 	fs.StringVar(&c.configPath, "config", "", "configuration `file`; default: $"+config.Env+", then "+config.Path)
+	fs.Usage = func() {}
 	for {
-		if err := fs.Parse(args); err != nil {
+		err := fs.Parse(args)
+		switch {
+		case errors.Is(err, flag.ErrHelp):
+			c.usage(fs, stdout)
 			return nil, err
+		case err != nil:
+			c.usage(fs, stderr)
+			return nil, err
+		case fs.NArg() == 0:
+			if err := c.check(); err != nil {
+				fmt.Fprintln(stderr, err)
+				c.usage(fs, stderr)
+				return nil, err
+			}
+			return c, nil
+		case c.name != "":
+			c.operands = append(c.operands, fs.Arg(0))
+		default:
+			if c.command, err = find(fs.Arg(0), stdout, stderr); err != nil {
+				return nil, err
+			}
 		}
-		if fs.NArg() == 0 {
-			break
-		}
-		c.operands = append(c.operands, fs.Arg(0))
 		args = fs.Args()[1:]
 	}
-	if want := len(strings.Fields(cmd.args)); len(c.operands) != want {
-		err := fmt.Errorf("vmshim %s: %d arguments, want %d", cmd.name, len(c.operands), want)
-		fmt.Fprintln(stderr, err)
-		fs.Usage()
-		return nil, err
+}
+
+// check counts the operands.
+func (c *call) check() error {
+	if c.name == "" {
+		return errors.New("vmshim: no command")
 	}
-	return c, nil
+	if want := len(strings.Fields(c.args)); len(c.operands) != want {
+		return fmt.Errorf("vmshim %s: %d arguments, want %d", c.name, len(c.operands), want)
+	}
+	return nil
+}
+
+// usage is of the command, if there is one yet.
+func (c *call) usage(fs *flag.FlagSet, w io.Writer) {
+	if c.name == "" {
+		usage(w)
+		return
+	}
+	fmt.Fprintf(w, "usage: vmshim %s\n\n%s\n\n", strings.TrimSpace(c.name+" [--json] [--config FILE] "+c.args), c.help)
+	fs.SetOutput(w)
+	fs.PrintDefaults()
 }
