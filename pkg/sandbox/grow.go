@@ -67,18 +67,35 @@ func (s *Sandbox) raiseLimits(id string, r *specs.LinuxResources) {
 	s.limits[id] = limits{CPUs: max(now.CPUs, next.CPUs), MemoryBytes: max(now.MemoryBytes, next.MemoryBytes)}
 }
 
-// replaceLimits notes what an update gave it. What it does not name stays.
+// replaceLimits notes what an update gave it.
 func (s *Sandbox) replaceLimits(id string, r *specs.LinuxResources) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now, next := s.limits[id], resourceLimits(r)
+	s.limits[id] = s.limits[id].updated(r)
+}
+
+// updated are the limits after an update. What it does not name stays.
+func (l limits) updated(r *specs.LinuxResources) limits {
+	next := resourceLimits(r)
 	if r.CPU == nil || r.CPU.Quota == nil || *r.CPU.Quota == 0 {
-		next.CPUs = now.CPUs
+		next.CPUs = l.CPUs
 	}
 	if r.Memory == nil || r.Memory.Limit == nil || *r.Memory.Limit == 0 {
-		next.MemoryBytes = now.MemoryBytes
+		next.MemoryBytes = l.MemoryBytes
 	}
-	s.limits[id] = next
+	return next
+}
+
+// Update replaces what was said of the pod when it began, and gives the machine
+// the size for it.
+func (s *Sandbox) Update(ctx context.Context, r *specs.LinuxResources) error {
+	s.mu.Lock()
+	s.pod = s.pod.updated(r)
+	s.mu.Unlock()
+	if err := s.resize(ctx); err != nil {
+		return fmt.Errorf("resize machine: %w", err)
+	}
+	return nil
 }
 
 // fit gives the machine of a pod the size that its containers want. What can't
@@ -108,7 +125,7 @@ func (s *Sandbox) resize(ctx context.Context) error {
 	}
 	machine, ok := s.machine.(resizer)
 	if !ok {
-		return fmt.Errorf("resize machine: %w", errdefs.ErrNotImplemented)
+		return fmt.Errorf("machine of this hypervisor: %w", errdefs.ErrNotImplemented)
 	}
 	return errors.Join(s.resizeCPUs(ctx, machine, now.VCPUs, want.VCPUs), s.resizeMemory(ctx, machine, now.MemoryMiB, want.MemoryMiB))
 }

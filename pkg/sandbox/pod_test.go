@@ -255,7 +255,7 @@ func (g *growing) ResizeMemory(_ context.Context, mib int) (hypervisor.Memory, e
 
 func TestFit(t *testing.T) {
 	host := hostCapacity()
-	if host.CPUs < 2 || host.MemoryMiB < 600 {
+	if host.CPUs < 2 || host.MemoryMiB < 700 {
 		t.Skip("the host is too small")
 	}
 	g := &growing{}
@@ -286,6 +286,17 @@ func TestFit(t *testing.T) {
 	}
 	if g.cpus != nil {
 		t.Errorf("CPUs were resized to %v", g.cpus)
+	}
+	limit = 400 * m
+	if err := errors.Join(s.Update(t.Context(), update), s.Update(t.Context(), &specs.LinuxResources{})); err != nil {
+		t.Error(err)
+	}
+	limit = 100 * m // less than that of the containers
+	if err := s.Update(t.Context(), update); err != nil {
+		t.Error(err)
+	}
+	if d := cmp.Diff([]int{656, 456}, g.memory[4:]); d != "" {
+		t.Error(d)
 	}
 	s.setLimits("b", &limits{CPUs: 2, MemoryBytes: 200 * m})
 	s.fit(t.Context())

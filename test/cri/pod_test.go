@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmshim/vmshim/test/daemon"
@@ -38,6 +41,9 @@ func TestE2EPod(t *testing.T) {
 		a := p.start("a", func(c *runtimeapi.ContainerConfig) {
 			c.Mounts = []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/config", Readonly: true}}
 		}, "sh", "-c", "echo hello; echo $(hostname) >&2; exec sleep 1000")
+		if mib, want := n.memory(a), n.machineMiB(); mib >= want || mib < want-80 {
+			n.Errorf("the guest has %d MiB; its handler's configuration says %d", mib, want)
+		}
 		b := p.start("b", func(c *runtimeapi.ContainerConfig) {
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
 		}, "sleep", "1001")
@@ -83,6 +89,11 @@ func TestE2EPod(t *testing.T) {
 		}
 		if after := n.memory(a); after < before+128 {
 			n.Errorf("the guest has %d MiB after the update, before %d", after, before)
+		}
+
+		p.resize(512 << 20)
+		if after, want := n.memory(a), before+384; n.handler == daemon.HandlerSandbox && after < want {
+			n.Errorf("the guest has %d MiB after the pod's update, want %d", after, want)
 		}
 
 		n.crictl("stop", "--timeout", "1", a)
@@ -191,6 +202,32 @@ func (n *node) memory(id string) (mib int) {
 		n.Fatal(err)
 	}
 	return kib >> 10
+}
+
+// machineMiB is how large the machine of a pod without limits is.
+func (n *node) machineMiB() int {
+	if n.handler == daemon.HandlerSandbox {
+		return handlerMiB
+	}
+	return defaultMiB
+}
+
+// resize says as the kubelet does, for which crictl has no command, that a pod's
+// containers may use so much memory together.
+func (p *pod) resize(bytes int64) {
+	p.Helper()
+	ctx, cancel := context.WithTimeout(p.Context(), time.Minute)
+	defer cancel()
+	conn, err := grpc.NewClient("unix://"+p.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := runtimeapi.NewRuntimeServiceClient(conn).UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{
+		PodSandboxId: p.id, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: bytes},
+	}); err != nil {
+		p.Fatal(err)
+	}
 }
 
 // What is lost with the machine is told, and removed.
