@@ -33,7 +33,12 @@ func roomToGrow(m hypervisor.Spec, host capacity) hypervisor.Spec {
 
 // plus adds up what two containers may use.
 func (l limits) plus(m limits) limits {
-	return limits{CPUs: l.CPUs + m.CPUs, MemoryBytes: l.MemoryBytes + m.MemoryBytes}
+	return limits{CPUs: l.CPUs + m.CPUs, MemoryBytes: l.MemoryBytes + m.MemoryBytes, HugeBytes: l.HugeBytes + m.HugeBytes}
+}
+
+// or has the greater ones.
+func (l limits) or(m limits) limits {
+	return limits{CPUs: max(l.CPUs, m.CPUs), MemoryBytes: max(l.MemoryBytes, m.MemoryBytes), HugeBytes: max(l.HugeBytes, m.HugeBytes)}
 }
 
 // wanted is what the pod may use: what was said of it when it began, or the sum
@@ -45,7 +50,7 @@ func (s *Sandbox) wanted() limits {
 	for _, l := range s.limits {
 		sum = sum.plus(l)
 	}
-	return limits{CPUs: max(sum.CPUs, s.pod.CPUs), MemoryBytes: max(sum.MemoryBytes, s.pod.MemoryBytes)}
+	return sum.or(s.pod)
 }
 
 // setLimits notes a container's; nil: it is gone.
@@ -63,8 +68,7 @@ func (s *Sandbox) setLimits(id string, l *limits) {
 func (s *Sandbox) raiseLimits(id string, r *specs.LinuxResources) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now, next := s.limits[id], resourceLimits(r)
-	s.limits[id] = limits{CPUs: max(now.CPUs, next.CPUs), MemoryBytes: max(now.MemoryBytes, next.MemoryBytes)}
+	s.limits[id] = s.limits[id].or(resourceLimits(r))
 }
 
 // replaceLimits notes what an update gave it.
@@ -82,6 +86,9 @@ func (l limits) updated(r *specs.LinuxResources) limits {
 	}
 	if r.Memory == nil || r.Memory.Limit == nil || *r.Memory.Limit == 0 {
 		next.MemoryBytes = l.MemoryBytes
+	}
+	if len(r.HugepageLimits) == 0 {
+		next.HugeBytes = l.HugeBytes
 	}
 	return next
 }
