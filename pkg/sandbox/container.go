@@ -13,9 +13,9 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
-	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -279,6 +279,26 @@ func (c *Container) ended(ctx context.Context) {
 	}
 }
 
+// countOOM has the last statistics say that there was a kill.
+func (c *Container) countOOM() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	stats := &protocol.StatsContainerResponse{}
+	if c.stats != nil {
+		stats = proto.CloneOf(c.stats)
+	}
+	if stats.CgroupStats == nil {
+		stats.CgroupStats = &protocol.CgroupStats{}
+	}
+	events := maps.Clone(stats.CgroupStats.MemoryEvents)
+	if events == nil {
+		events = map[string]uint64{}
+	}
+	events["oom_kill"] = max(1, events["oom_kill"])
+	stats.CgroupStats.MemoryEvents = events
+	c.stats = stats
+}
+
 // Pids lists the guest's processes. It answers within a second whatever the
 // guest does, and is never empty nor an error before Delete: the last known
 // list, or the task pid, stands in.
@@ -310,7 +330,7 @@ func (c *Container) reportOOM() { c.oom.Do(func() { c.s.opts.OnOOM(c.id) }) }
 // lost ends every process: the machine is gone.
 func (c *Container) lost() {
 	for _, p := range c.all() {
-		p.finish(agent.ExitStatus{Code: lostCode, ExitedAt: time.Now()})
+		p.lose()
 	}
 }
 

@@ -153,7 +153,7 @@ func (c *Container) mount(ctx context.Context, cfg ContainerConfig) error {
 	}
 	want := storage.Container{
 		ID: cfg.ID, Bundle: cfg.Bundle, Rootfs: cfg.Rootfs, Root: cfg.Spec.Root,
-		Mounts: c.s.addFiles(cfg.Spec), Shm: c.s.shm,
+		Mounts: c.s.addFiles(cfg.Spec), Shm: c.s.shm, HugePages: resourcesOf(cfg.Spec).HugepageLimits,
 	}
 	facts, err := storage.Look(c.s.share(), want)
 	if err != nil {

@@ -33,7 +33,12 @@ func roomToGrow(m hypervisor.Spec, host capacity) hypervisor.Spec {
 
 // plus adds up what two containers may use.
 func (l limits) plus(m limits) limits {
-	return limits{CPUs: l.CPUs + m.CPUs, MemoryBytes: l.MemoryBytes + m.MemoryBytes}
+	return limits{CPUs: l.CPUs + m.CPUs, MemoryBytes: l.MemoryBytes + m.MemoryBytes, HugeBytes: l.HugeBytes + m.HugeBytes}
+}
+
+// or has the greater ones.
+func (l limits) or(m limits) limits {
+	return limits{CPUs: max(l.CPUs, m.CPUs), MemoryBytes: max(l.MemoryBytes, m.MemoryBytes), HugeBytes: max(l.HugeBytes, m.HugeBytes)}
 }
 
 // wanted is what the pod may use: what was said of it when it began, or the sum
@@ -45,7 +50,7 @@ func (s *Sandbox) wanted() limits {
 	for _, l := range s.limits {
 		sum = sum.plus(l)
 	}
-	return limits{CPUs: max(sum.CPUs, s.pod.CPUs), MemoryBytes: max(sum.MemoryBytes, s.pod.MemoryBytes)}
+	return sum.or(s.pod)
 }
 
 // setLimits notes a container's; nil: it is gone.
@@ -63,22 +68,41 @@ func (s *Sandbox) setLimits(id string, l *limits) {
 func (s *Sandbox) raiseLimits(id string, r *specs.LinuxResources) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now, next := s.limits[id], resourceLimits(r)
-	s.limits[id] = limits{CPUs: max(now.CPUs, next.CPUs), MemoryBytes: max(now.MemoryBytes, next.MemoryBytes)}
+	s.limits[id] = s.limits[id].or(resourceLimits(r))
 }
 
-// replaceLimits notes what an update gave it. What it does not name stays.
+// replaceLimits notes what an update gave it.
 func (s *Sandbox) replaceLimits(id string, r *specs.LinuxResources) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now, next := s.limits[id], resourceLimits(r)
+	s.limits[id] = s.limits[id].updated(r)
+}
+
+// updated are the limits after an update. What it does not name stays.
+func (l limits) updated(r *specs.LinuxResources) limits {
+	next := resourceLimits(r)
 	if r.CPU == nil || r.CPU.Quota == nil || *r.CPU.Quota == 0 {
-		next.CPUs = now.CPUs
+		next.CPUs = l.CPUs
 	}
 	if r.Memory == nil || r.Memory.Limit == nil || *r.Memory.Limit == 0 {
-		next.MemoryBytes = now.MemoryBytes
+		next.MemoryBytes = l.MemoryBytes
 	}
-	s.limits[id] = next
+	if len(r.HugepageLimits) == 0 {
+		next.HugeBytes = l.HugeBytes
+	}
+	return next
+}
+
+// Update replaces what was said of the pod when it began, and gives the machine
+// the size for it.
+func (s *Sandbox) Update(ctx context.Context, r *specs.LinuxResources) error {
+	s.mu.Lock()
+	s.pod = s.pod.updated(r)
+	s.mu.Unlock()
+	if err := s.resize(ctx); err != nil {
+		return fmt.Errorf("resize machine: %w", err)
+	}
+	return nil
 }
 
 // fit gives the machine of a pod the size that its containers want. What can't
@@ -108,7 +132,7 @@ func (s *Sandbox) resize(ctx context.Context) error {
 	}
 	machine, ok := s.machine.(resizer)
 	if !ok {
-		return fmt.Errorf("resize machine: %w", errdefs.ErrNotImplemented)
+		return fmt.Errorf("machine of this hypervisor: %w", errdefs.ErrNotImplemented)
 	}
 	return errors.Join(s.resizeCPUs(ctx, machine, now.VCPUs, want.VCPUs), s.resizeMemory(ctx, machine, now.MemoryMiB, want.MemoryMiB))
 }

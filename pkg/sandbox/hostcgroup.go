@@ -14,7 +14,9 @@ import (
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
+	stats1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	"github.com/containerd/cgroups/v3/cgroup2"
+	stats2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -69,6 +71,22 @@ func (s *Sandbox) HostMetrics() (proto.Message, error) {
 		return g.Stat()
 	}
 	return nil, fmt.Errorf("control group of sandbox %q: %w", s.opts.ID, errdefs.ErrNotImplemented)
+}
+
+// hostOOM says whether the host's kernel killed something of the sandbox for lack
+// of memory. A machine does not survive the loss of any process.
+func (s *Sandbox) hostOOM() bool {
+	m, err := s.HostMetrics()
+	if err != nil {
+		return false
+	}
+	switch m := m.(type) {
+	case *stats1.Metrics:
+		return m.GetMemoryOomControl().GetOomKill() > 0
+	case *stats2.Metrics:
+		return m.GetMemoryEvents().GetOomKill() > 0
+	}
+	return false
 }
 
 // cgroupPath reads linux.cgroupsPath: a path, or slice:prefix:name for

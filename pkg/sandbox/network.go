@@ -14,10 +14,12 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/network"
 )
@@ -371,13 +373,32 @@ func (n *podNetwork) tell(ctx context.Context, plan *network.Plan) error {
 		n.forwarded = true
 		n.forward(ctx)
 	}
-	if len(neighs.ARPNeighbors) > 0 && !proto.Equal(neighs, n.neighs) {
-		if err := n.s.agent.AddARPNeighbors(ctx, neighs.ARPNeighbors); err != nil {
-			return n.s.because(err)
+	if !proto.Equal(neighs, n.neighs) {
+		if all := slices.Concat(forgotten(n.neighs, neighs, names), neighs.ARPNeighbors); len(all) > 0 {
+			if err := n.s.agent.AddARPNeighbors(ctx, all); err != nil {
+				return n.s.because(err)
+			}
 		}
 		n.neighs = neighs
 	}
 	return nil
+}
+
+// forgotten has the guest forget the neighbours that are no more, of the devices
+// that are. The protocol has entries added only: one that failed is none to the
+// kernel, which finds the neighbour by itself or drops the entry.
+func forgotten(told, now *protocol.ARPNeighbors, names map[string]bool) (gone []*types.ARPNeighbor) {
+	for _, old := range told.GetARPNeighbors() {
+		stays := slices.ContainsFunc(now.GetARPNeighbors(), func(e *types.ARPNeighbor) bool {
+			return e.GetDevice() == old.GetDevice() && proto.Equal(e.GetToIPAddress(), old.GetToIPAddress())
+		})
+		if names[old.GetDevice()] && !stays {
+			failed := proto.CloneOf(old)
+			failed.State = unix.NUD_FAILED
+			gone = append(gone, failed)
+		}
+	}
+	return gone
 }
 
 // cardTimeout is how long a guest may take to find a card: one that is emulated,

@@ -17,6 +17,7 @@ import (
 
 	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 )
 
 const podMAC = "02:00:00:00:01:02"
@@ -167,6 +168,31 @@ func TestRootNetwork(t *testing.T) {
 		t.Error(err)
 	}
 	p.clean()
+}
+
+func TestForgotten(t *testing.T) {
+	list := func(entries ...string) *protocol.ARPNeighbors { // "device ip mac"
+		all := &protocol.ARPNeighbors{}
+		for _, e := range entries {
+			f := strings.Fields(e)
+			all.ARPNeighbors = append(all.ARPNeighbors, &types.ARPNeighbor{
+				Device: f[0], ToIPAddress: &types.IPAddress{Address: f[1]}, Lladdr: f[2], State: unix.NUD_PERMANENT,
+			})
+		}
+		return all
+	}
+	told := list("eth0 10.0.0.1 a", "eth0 10.0.0.2 b", "eth1 10.0.0.1 c", "eth2 10.0.0.1 d")
+	got := forgotten(told, list("eth0 10.0.0.1 other"), map[string]bool{"eth0": true, "eth1": true})
+	want := list("eth0 10.0.0.2 b", "eth1 10.0.0.1 c").ARPNeighbors
+	for _, e := range want {
+		e.State = unix.NUD_FAILED
+	}
+	if !proto.Equal(&protocol.ARPNeighbors{ARPNeighbors: want}, &protocol.ARPNeighbors{ARPNeighbors: got}) {
+		t.Errorf("forgotten %v, want %v", got, want)
+	}
+	if got := forgotten(nil, told, nil); got != nil {
+		t.Errorf("forgotten of nothing: %v", got)
+	}
 }
 
 // TestRootNetworkFails leaves a namespace as it was.

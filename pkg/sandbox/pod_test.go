@@ -255,7 +255,7 @@ func (g *growing) ResizeMemory(_ context.Context, mib int) (hypervisor.Memory, e
 
 func TestFit(t *testing.T) {
 	host := hostCapacity()
-	if host.CPUs < 2 || host.MemoryMiB < 600 {
+	if host.CPUs < 2 || host.MemoryMiB < 700 {
 		t.Skip("the host is too small")
 	}
 	g := &growing{}
@@ -271,7 +271,7 @@ func TestFit(t *testing.T) {
 	const m = 1 << 20
 	s.setLimits("a", &limits{MemoryBytes: 100 * m})
 	s.fit(t.Context())
-	s.setLimits("b", &limits{MemoryBytes: 50 * m})
+	s.setLimits("b", &limits{MemoryBytes: 30 * m, HugeBytes: 20 * m}) // which updates say nothing of
 	s.fit(t.Context())
 	s.fit(t.Context()) // nothing changed
 	limit := int64(200 * m)
@@ -281,11 +281,22 @@ func TestFit(t *testing.T) {
 	s.replaceLimits("b", update)
 	s.setLimits("a", nil)
 	s.fit(t.Context())
-	if d := cmp.Diff([]int{356, 406, 556, 456}, g.memory); d != "" {
+	if d := cmp.Diff([]int{356, 406, 576, 476}, g.memory); d != "" {
 		t.Error(d)
 	}
 	if g.cpus != nil {
 		t.Errorf("CPUs were resized to %v", g.cpus)
+	}
+	limit = 400 * m
+	if err := errors.Join(s.Update(t.Context(), update), s.Update(t.Context(), &specs.LinuxResources{})); err != nil {
+		t.Error(err)
+	}
+	limit = 100 * m // less than that of the containers
+	if err := s.Update(t.Context(), update); err != nil {
+		t.Error(err)
+	}
+	if d := cmp.Diff([]int{676, 476}, g.memory[4:]); d != "" {
+		t.Error(d)
 	}
 	s.setLimits("b", &limits{CPUs: 2, MemoryBytes: 200 * m})
 	s.fit(t.Context())

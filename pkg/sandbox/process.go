@@ -147,6 +147,16 @@ func (p *Process) finish(exit agent.ExitStatus) {
 	close(p.done)
 }
 
+// lose ends a process with its machine. Whether the host's kernel killed that for
+// lack of memory is told before, as if it had been the guest's.
+func (p *Process) lose() {
+	if p.c.Status() != Stopped && p.c.s.hostOOM() {
+		p.c.countOOM()
+		p.c.reportOOM()
+	}
+	p.finish(agent.ExitStatus{Code: lostCode, ExitedAt: time.Now()})
+}
+
 // Start runs an exec'd process.
 func (p *Process) Start(ctx context.Context) error {
 	if p.execID == "" {
@@ -216,7 +226,7 @@ func (p *Process) watch(ctx context.Context) {
 		if err != nil {
 			exit = agent.ExitStatus{Code: unknownCode, ExitedAt: time.Now()}
 			if p.c.s.alive() != nil {
-				exit.Code = lostCode
+				p.lose()
 			} else if p.c.Status() != Stopped {
 				log.G(ctx).WithError(err).Warn("how the process ended is not known")
 			}

@@ -20,13 +20,14 @@ type capacity struct {
 type limits struct {
 	CPUs        int
 	MemoryBytes int64
+	HugeBytes   int64 // of huge pages, which are not charged to memory
 }
 
 // size makes the base big enough for the limits. Memory is added, because the
 // base is what the guest itself needs; CPUs are shared with the guest. Neither
 // grows beyond the host.
 func size(base hypervisor.Spec, l limits, host capacity) hypervisor.Spec {
-	add := mebibytes(l.MemoryBytes)
+	add := mebibytes(l.MemoryBytes) + mebibytes(l.HugeBytes)
 	base.MemoryMiB = max(base.MemoryMiB, min(base.MemoryMiB+add, host.MemoryMiB))
 	base.MaxMemoryMiB = max(base.MaxMemoryMiB, base.MemoryMiB)
 	base.VCPUs = max(base.VCPUs, min(l.CPUs, host.CPUs))
@@ -73,9 +74,17 @@ func resourcesOf(spec *specs.Spec) *specs.LinuxResources {
 	return spec.Linux.Resources
 }
 
+// maxHuge is more than a host has: a greater limit is none.
+const maxHuge = 1 << 50
+
 func resourceLimits(r *specs.LinuxResources) (l limits) {
 	if r.Memory != nil && r.Memory.Limit != nil {
 		l.MemoryBytes = max(0, *r.Memory.Limit)
+	}
+	for _, h := range r.HugepageLimits {
+		if h.Limit < maxHuge {
+			l.HugeBytes += int64(h.Limit)
+		}
 	}
 	if r.CPU == nil {
 		return l

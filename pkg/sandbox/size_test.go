@@ -28,6 +28,9 @@ func TestSize(t *testing.T) {
 		{name: "no more than the host has", res: &specs.LinuxResources{Memory: memory(1 << 40)}, cpus: 1, mem: 4096},
 		{name: "no limit", res: &specs.LinuxResources{Memory: memory(-1)}, cpus: 1, mem: 256},
 		{name: "no limit as engines write it", res: &specs.LinuxResources{Memory: memory(math.MaxInt64 &^ 4095)}, cpus: 1, mem: 256},
+		{name: "huge pages are added, too", res: &specs.LinuxResources{Memory: memory(64 * mib), HugepageLimits: []specs.LinuxHugepageLimit{
+			{Pagesize: "2MB", Limit: 8 * mib}, {Pagesize: "64KB", Limit: mib}, {Pagesize: "1GB", Limit: math.MaxInt64},
+		}}, cpus: 1, mem: 329},
 		{name: "quota", res: &specs.LinuxResources{CPU: cpu(150000, 100000, "")}, cpus: 2, mem: 256},
 		{name: "half a CPU", res: &specs.LinuxResources{CPU: cpu(50000, 100000, "")}, cpus: 1, mem: 256},
 		{name: "no quota", res: &specs.LinuxResources{CPU: cpu(-1, 100000, "")}, cpus: 1, mem: 256},

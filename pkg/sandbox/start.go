@@ -377,6 +377,9 @@ func (s *Sandbox) watchMachine(ctx context.Context) {
 		err = fmt.Errorf("machine was killed: %w: %w", s.aborted, errdefs.ErrUnavailable)
 	}
 	s.mu.Unlock()
+	if s.hostOOM() {
+		err = fmt.Errorf("the host's kernel killed it for lack of memory: %w", err)
+	}
 	s.setErr(err)
 	s.lost(err)
 }

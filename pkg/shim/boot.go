@@ -58,6 +58,7 @@ type command struct {
 	bundle    string // absolute
 	debug     bool
 	began     time.Time
+	options   *anypb.Any // of the runtime; nil: none
 }
 
 func parseCommand(args []string) (command, error) {
@@ -100,30 +101,43 @@ func parseCommand(args []string) (command, error) {
 	return c, err
 }
 
-// bootstrap reads containerd's stdin. The result is nil for a daemon that
+// bootstrap reads containerd's stdin. The parameters are nil for a daemon that
 // does not know BootstrapParams: their wire format cannot be told from that of
 // the options (Any), so what was read must name this very task.
-func (c command) bootstrap(stdin io.Reader) (*bootapi.BootstrapParams, error) {
+func (c command) bootstrap(stdin io.Reader) (*bootapi.BootstrapParams, *anypb.Any, error) {
 	input, err := io.ReadAll(io.LimitReader(stdin, maxInput))
 	if err != nil {
-		return nil, fmt.Errorf("read stdin: %w", err)
+		return nil, nil, fmt.Errorf("read stdin: %w", err)
 	}
 	var params bootapi.BootstrapParams
-	if err := proto.Unmarshal(input, &params); err != nil {
-		return nil, nil //nolint:nilerr // another daemon's options
+	known := proto.Unmarshal(input, &params) == nil
+	if !known || params.GetInstanceID() != c.id || params.GetNamespace() != c.namespace {
+		return nil, oldOptions(input), nil
 	}
-	if params.GetInstanceID() != c.id || params.GetNamespace() != c.namespace {
-		return nil, nil
+	for _, e := range params.GetExtensions() {
+		if isOptions(e.GetValue()) {
+			return &params, e.GetValue(), nil
+		}
 	}
-	return &params, nil
+	return &params, nil, nil
+}
+
+// oldOptions are those that are the whole input; nil: it is something else.
+func oldOptions(input []byte) *anypb.Any {
+	var options anypb.Any
+	if err := proto.Unmarshal(input, &options); err != nil || !isOptions(&options) {
+		return nil
+	}
+	return &options
 }
 
 // start runs or finds the daemon of the task's sandbox and answers with its address.
 func (c command) start(ctx context.Context, stdin io.Reader, stdout io.Writer) error {
-	params, err := c.bootstrap(stdin)
+	params, options, err := c.bootstrap(stdin)
 	if err != nil {
 		return err
 	}
+	c.options = options
 	if params != nil {
 		c.debug = c.debug || params.GetLogLevel() <= bootapi.LogLevel_LOG_LEVEL_DEBUG
 		if c.ttrpc == "" {

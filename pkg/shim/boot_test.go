@@ -576,7 +576,7 @@ func FuzzBootstrap(f *testing.F) {
 	f.Add([]byte("unix:///run/x"))
 	c := command{id: "id", namespace: "ns"}
 	f.Fuzz(func(t *testing.T, stdin []byte) {
-		params, err := c.bootstrap(bytes.NewReader(stdin))
+		params, _, err := c.bootstrap(bytes.NewReader(stdin))
 		if err != nil || params != nil && params.GetInstanceID() != "id" {
 			t.Errorf("%v, %v", params, err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/signal"
@@ -14,6 +15,8 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 const (
@@ -52,6 +55,9 @@ func serve(ctx context.Context, c command, opts Options) (err error) {
 		_ = ready.Close()
 	}()
 	unix.CloseOnExec(readyFD)
+	if c.options, err = inheritOptions(); err != nil {
+		return err
+	}
 	l, err := inheritSocket()
 	if err != nil {
 		return err
@@ -129,6 +135,20 @@ func ignoreClosed(err error) error {
 		return nil
 	}
 	return err
+}
+
+func inheritOptions() (*anypb.Any, error) {
+	f := os.NewFile(optionsFD, "options")
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxInput))
+	if err != nil {
+		return nil, fmt.Errorf("read options (this program is started by containerd): %w", err)
+	}
+	var options anypb.Any
+	if err := proto.Unmarshal(text, &options); err != nil {
+		return nil, fmt.Errorf("decode options: %w", err)
+	}
+	return &options, nil
 }
 
 func inheritSocket() (*net.UnixListener, error) {

@@ -50,6 +50,11 @@ func configured(options *anypb.Any) (config.Config, error) {
 	}
 }
 
+// isOptions says that a message is one of those that configured takes.
+func isOptions(a *anypb.Any) bool {
+	return strings.HasSuffix(a.GetTypeUrl(), runtimeOptions) || strings.HasSuffix(a.GetTypeUrl(), runcOptions)
+}
+
 // decodeAny decodes a specification that containerd sends as JSON.
 func decodeAny[T any](a *anypb.Any) (*T, error) {
 	v := new(T)

@@ -7,8 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
+	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -74,15 +76,43 @@ func (p *podConfig) spec() *specs.Spec {
 		},
 	}
 	spec.Linux.CgroupsPath = cgroupIn(linux.GetCgroupParent())
-	r := linux.GetResources()
-	spec.Linux.Resources = &specs.LinuxResources{}
-	if n := r.GetMemoryLimitInBytes(); n > 0 {
-		spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &n}
-	}
-	if quota, period := r.GetCpuQuota(), r.GetCpuPeriod(); quota > 0 && period > 0 {
-		spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &quota, Period: new(uint64(period))}
-	}
+	spec.Linux.Resources = podResources(linux.GetResources())
 	return spec
+}
+
+// podResources are what the containers of a pod may use together. Its overhead is
+// what the machine has without them.
+func podResources(in *runtimeapi.LinuxContainerResources) *specs.LinuxResources {
+	r := &specs.LinuxResources{}
+	if n := in.GetMemoryLimitInBytes(); n != 0 {
+		r.Memory = &specs.LinuxMemory{Limit: &n}
+	}
+	if quota, period := in.GetCpuQuota(), in.GetCpuPeriod(); quota != 0 && period > 0 {
+		r.CPU = &specs.LinuxCPU{Quota: &quota, Period: new(uint64(period))}
+	}
+	return r
+}
+
+// updatedResources is the name of the extension of a sandbox with which CRI says
+// that a pod's resources changed: containerd's own type, in JSON.
+const updatedResources = "updated-resources"
+
+// updateOf is what an update says of the pod's resources; nil: nothing.
+func updateOf(r *sandboxapi.UpdateSandboxRequest) (*specs.LinuxResources, error) {
+	told := len(r.GetFields()) == 0 || slices.ContainsFunc(r.GetFields(), func(f string) bool {
+		return f == "extensions" || f == "extensions."+updatedResources
+	})
+	extension := r.GetSandbox().GetExtensions()[updatedResources]
+	if !told || extension == nil {
+		return nil, nil
+	}
+	update, err := decodeAny[struct {
+		Resources *runtimeapi.LinuxContainerResources
+	}](extension)
+	if err != nil {
+		return nil, err
+	}
+	return podResources(update.Resources), nil
 }
 
 // cgroupIn is the path of a group for the pod's machine in its parent, in the form

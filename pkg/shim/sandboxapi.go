@@ -109,7 +109,7 @@ func (s *service) StartSandbox(ctx context.Context, r *sandboxapi.StartSandboxRe
 		return nil, fmt.Errorf("sandbox %q was started: %w", r.GetSandboxID(), errdefs.ErrAlreadyExists)
 	}
 	spec := p.config.spec()
-	cfg, err := settings(nil, spec.Annotations)
+	cfg, err := settings(s.cmd.options, spec.Annotations)
 	if err != nil {
 		return nil, err
 	}
@@ -264,13 +264,26 @@ func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetri
 	}, nil
 }
 
-// UpdateSandbox has nothing to do: what containers are given, they say
-// themselves, and the machine follows them.
-func (s *service) UpdateSandbox(_ context.Context, r *sandboxapi.UpdateSandboxRequest) (*sandboxapi.UpdateSandboxResponse, error) {
+// UpdateSandbox gives the machine the size for the pod's resources, when it is
+// those that changed.
+func (s *service) UpdateSandbox(ctx context.Context, r *sandboxapi.UpdateSandboxRequest) (*sandboxapi.UpdateSandboxResponse, error) {
 	if _, err := s.started(r.GetSandboxID()); err != nil {
 		return nil, err
 	}
-	return &sandboxapi.UpdateSandboxResponse{}, nil
+	resources, err := updateOf(r)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	box := s.box
+	s.mu.Unlock()
+	if box == nil {
+		return nil, fmt.Errorf("sandbox %q has ended: %w", r.GetSandboxID(), errdefs.ErrFailedPrecondition)
+	}
+	if resources != nil {
+		err = box.Update(ctx, resources)
+	}
+	return &sandboxapi.UpdateSandboxResponse{}, err
 }
 
 // ShutdownSandbox ends the daemon, and with it whatever is left of the pod.

@@ -2,19 +2,28 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 
+	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
@@ -148,6 +157,99 @@ func TestSandboxAPI(t *testing.T) {
 	case <-e.svc.done:
 	default:
 		t.Error("the daemon lives on")
+	}
+}
+
+// As containerd tells of a pod's resize.
+func TestSandboxAPIUpdate(t *testing.T) {
+	e := newEnv(t, nil)
+	e.startSandbox()
+	update := func(value string, fields ...string) error {
+		_, err := e.svc.UpdateSandbox(t.Context(), &sandboxapi.UpdateSandboxRequest{
+			SandboxID: "pod", Fields: fields,
+			Sandbox: &types.Sandbox{Extensions: map[string]*anypb.Any{
+				"metadata":          {TypeUrl: "x", Value: []byte("{}")},
+				"updated-resources": {TypeUrl: "io.containerd.cri.v1/UpdatedResources", Value: []byte(value)},
+			}},
+		})
+		return err
+	}
+	e.mu.Lock()
+	m := e.machine
+	e.mu.Unlock()
+	const resources = `{"Overhead":{"memory_limit_in_bytes":7340032},"Resources":{"memory_limit_in_bytes":33554432}}`
+	if err := errors.Join(update(resources, "labels"), update(`{"Overhead":{},"Resources":null}`, "extensions")); err != nil {
+		t.Error(err)
+	}
+	select {
+	case size := <-m.sizes:
+		t.Errorf("the machine has %s after what says nothing of resources", size)
+	default:
+	}
+	for _, fields := range [][]string{{"labels", "extensions"}, nil} {
+		if err := update(resources, fields...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if size := <-m.sizes; size != "288 MiB" || len(m.sizes) > 0 {
+		t.Errorf("the machine has %s, then %d other sizes", size, len(m.sizes))
+	}
+	if err := update("no JSON", "extensions"); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("update with garbage: %v", err)
+	}
+	if _, err := e.svc.StopSandbox(t.Context(), &sandboxapi.StopSandboxRequest{SandboxID: "pod"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := update(resources); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("update after the stop: %v", err)
+	}
+}
+
+// The options of a runtime come with start, from every generation of containerd.
+func TestSandboxAPIOptions(t *testing.T) {
+	options, err := typeurl.MarshalAnyToProto(&runtimeoptions.Options{ConfigPath: "/nonexistent/handler.toml"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, generation := range []string{"2.2", "2.3"} {
+		t.Run(generation, func(t *testing.T) {
+			b := newBundle(t, "pod", nil)
+			stdin, err := proto.Marshal(options)
+			if generation == "2.3" {
+				params := b.params()
+				params.Extensions = []*bootapi.Extension{{Value: &anypb.Any{TypeUrl: "x"}}, {Value: options}}
+				stdin, err = proto.Marshal(params)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, _, err := b.call(stdin, true, "start")
+			if err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			address := readAddress(b.dir)
+			conn, err := dial(t.Context(), address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			client := ttrpc.NewClient(conn)
+			defer client.Close()
+			api := sandboxapi.NewTTRPCSandboxClient(client)
+			if _, err := api.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{
+				SandboxID: "pod", BundlePath: b.dir, NetnsPath: "/nonexistent/netns",
+			}); err != nil {
+				t.Fatal(err)
+			}
+			_, err = api.StartSandbox(t.Context(), &sandboxapi.StartSandboxRequest{SandboxID: "pod"})
+			if err == nil || !strings.Contains(err.Error(), "/nonexistent/handler.toml") {
+				t.Errorf("start with a configuration that is not there: %v", err)
+			}
+			if _, err := api.ShutdownSandbox(t.Context(), &sandboxapi.ShutdownSandboxRequest{SandboxID: "pod"}); err != nil {
+				t.Error(err)
+			}
+			b.delete()
+			b.wantNothingLeft(address)
+		})
 	}
 }
 

@@ -35,6 +35,17 @@ type machine struct {
 	ready chan struct{}
 	done  chan struct{}
 	once  sync.Once
+	sizes chan string // that it was given
+}
+
+func (m *machine) ResizeCPUs(_ context.Context, n int) (int, error) {
+	m.sizes <- fmt.Sprintf("%d CPUs", n)
+	return n, nil
+}
+
+func (m *machine) ResizeMemory(_ context.Context, mib int) (hypervisor.Memory, error) {
+	m.sizes <- fmt.Sprintf("%d MiB", mib)
+	return hypervisor.Memory{MiB: mib}, nil
 }
 
 func (m *machine) Ready() <-chan struct{}          { return m.ready }
@@ -147,7 +158,7 @@ func (e *env) start(ctx context.Context, _ hypervisor.Spec, _ sandbox.VMOptions)
 			return nil, err
 		}
 	}
-	m := &machine{peer: e.peer, ready: make(chan struct{}), done: make(chan struct{})}
+	m := &machine{peer: e.peer, ready: make(chan struct{}), done: make(chan struct{}), sizes: make(chan string, 10)}
 	close(m.ready)
 	e.mu.Lock()
 	defer e.mu.Unlock()

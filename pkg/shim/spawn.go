@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 // How the daemon is born. start makes the listening socket, so that nothing
@@ -25,6 +27,9 @@ import (
 const (
 	socketFD = 3 // the listening socket
 	readyFD  = 4 // where the daemon says that it serves, or why not
+	// optionsFD has the runtime's options: with the sandbox API they come with
+	// start, and never again.
+	optionsFD = 5
 
 	readyWord = "ok"
 
@@ -82,6 +87,12 @@ func (c command) spawn(ctx context.Context, l *net.UnixListener) error {
 	}
 	defer ready.Close()
 	defer readyW.Close()
+	options, optionsW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer options.Close()
+	defer optionsW.Close()
 	logger, err := openLog(c.bundle)
 	if err != nil {
 		return err
@@ -92,12 +103,17 @@ func (c command) spawn(ctx context.Context, l *net.UnixListener) error {
 		return err
 	}
 	cmd.Stderr = logger
-	cmd.ExtraFiles = []*os.File{socketFD - 3: sock, readyFD - 3: readyW}
+	cmd.ExtraFiles = []*os.File{socketFD - 3: sock, readyFD - 3: readyW, optionsFD - 3: options}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
 	shieldFromOOM(cmd.Process.Pid)
 	_ = readyW.Close() // the daemon's is the only one now
+	_ = options.Close()
+	if err := writeOptions(optionsW, c.options); err != nil {
+		_ = cmd.Process.Kill()
+		return errors.Join(err, cmd.Wait())
+	}
 	return awaitReady(cmd, ready)
 }
 
@@ -123,6 +139,18 @@ func (c command) daemon(ctx context.Context) (*exec.Cmd, error) {
 		cmd.Env = append(cmd.Env, hostNamespaceEnv+"="+ns)
 	}
 	return cmd, nil
+}
+
+// writeOptions passes on what start was told. The daemon reads it first of all.
+func writeOptions(w io.WriteCloser, options *anypb.Any) error {
+	text, err := proto.Marshal(options)
+	if err == nil {
+		_, err = w.Write(text)
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		return fmt.Errorf("pass options: %w", err)
+	}
+	return nil
 }
 
 // awaitReady returns when the daemon serves, or with what it says instead.

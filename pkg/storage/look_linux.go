@@ -15,7 +15,9 @@ import (
 
 // Look gathers the facts for a plan.
 func Look(share string, c Container) (Facts, error) {
-	f := Facts{Share: share, Modes: map[string]fs.FileMode{}, Submounts: map[string]bool{}, Setattr: setattr()}
+	f := Facts{
+		Share: share, Modes: map[string]fs.FileMode{}, Submounts: map[string]bool{}, HugePages: map[string]uint64{}, Setattr: setattr(),
+	}
 	var sources []string
 	if len(c.Rootfs) == 0 && c.Root != nil {
 		sources = append(sources, absolute(c.Bundle, c.Root.Path))
@@ -34,6 +36,10 @@ func Look(share string, c Container) (Facts, error) {
 			return Facts{}, fmt.Errorf("look at mounts: %w", err)
 		}
 		f.Modes[source] = info.Mode()
+		var on unix.Statfs_t
+		if info.IsDir() && unix.Statfs(source, &on) == nil && on.Type == unix.HUGETLBFS_MAGIC {
+			f.HugePages[source] = uint64(on.Bsize)
+		}
 	}
 	return f, f.findSubmounts(sources)
 }

@@ -1,6 +1,8 @@
 package storage
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"path"
@@ -26,6 +28,8 @@ type Container struct {
 	// Shm is the host's directory that stands for the sandbox's /dev/shm; empty:
 	// whatever is bound there does.
 	Shm string
+	// HugePages are the container's limits of them.
+	HugePages []specs.LinuxHugepageLimit
 }
 
 // Facts are what a plan needs to know of the host; see Look.
@@ -36,6 +40,8 @@ type Facts struct {
 	Modes map[string]fs.FileMode
 	// Submounts has the sources below which something else is mounted.
 	Submounts map[string]bool
+	// HugePages has the size in bytes of the pages of sources that are of those.
+	HugePages map[string]uint64
 	// Setattr says that the kernel has mount_setattr(2), which recursive
 	// read-only mounts need.
 	Setattr bool
@@ -161,6 +167,9 @@ func (p *Plan) addBind(c Container, f Facts, name string, m specs.Mount) error {
 	if !ok {
 		return fmt.Errorf("source %q: %w", source, errdefs.ErrNotFound)
 	}
+	if page, ok := f.HugePages[source]; ok {
+		return p.addHugePages(c, source, page, m)
+	}
 	switch mode.Type() {
 	case fs.ModeDevice, fs.ModeDevice | fs.ModeCharDevice:
 		return fmt.Errorf("source %q is a device of the host: %w", source, errdefs.ErrNotImplemented)
@@ -206,6 +215,47 @@ func watched(source string) bool {
 		}
 	}
 	return false
+}
+
+// addHugePages has the guest make a volume of its own memory: what is mapped of
+// the host's is out of its reach. All containers that have the volume have the
+// same, to the end of the sandbox, in the size that the first one may use.
+func (p *Plan) addHugePages(c Container, source string, page uint64, m specs.Mount) error {
+	size := hugePagesLimit(c.HugePages, page)
+	if size == 0 {
+		return fmt.Errorf("source %q is of huge pages of %d KiB, of which the container may use none: set its limit of them: %w",
+			source, page>>10, errdefs.ErrInvalidArgument)
+	}
+	name := sha256.Sum256([]byte(source))
+	volume := path.Join(GuestHugePages, hex.EncodeToString(name[:8]))
+	p.Storages = append(p.Storages, &protocol.Storage{
+		Driver: "ephemeral", Source: "nodev", Fstype: "hugetlbfs", MountPoint: volume, Shared: true,
+		Options: []string{fmt.Sprintf("pagesize=%d", page), fmt.Sprintf("size=%d", size)},
+	})
+	m.Type, m.Source = "bind", volume
+	p.Mounts = append(p.Mounts, m)
+	return nil
+}
+
+// hugePagesLimit is the limit in bytes of pages of one size; 0: none.
+func hugePagesLimit(limits []specs.LinuxHugepageLimit, page uint64) uint64 {
+	for _, l := range limits {
+		if n, ok := pageSize(l.Pagesize); ok && n == page {
+			return l.Limit
+		}
+	}
+	return 0
+}
+
+// pageSize reads a size as control groups write it: 64KB, 2MB, 1GB.
+func pageSize(s string) (uint64, bool) {
+	for unit, shift := range map[string]int{"KB": 10, "MB": 20, "GB": 30} {
+		if digits, ok := strings.CutSuffix(s, unit); ok {
+			n, err := strconv.ParseUint(digits, 10, 32)
+			return n << shift, err == nil
+		}
+	}
+	return 0, false
 }
 
 // addHost plans a file system that only the host can reach: it is mounted

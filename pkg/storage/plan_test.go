@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -239,5 +240,43 @@ func TestPlanWatched(t *testing.T) {
 	}
 	if len(p.Host) != 2 || p.Host[1].Bind.Source != source {
 		t.Errorf("on the host %+v", p.Host)
+	}
+}
+
+// Containers that have one volume of huge pages on the host have one in the guest.
+func TestPlanHugePages(t *testing.T) {
+	f := facts
+	f.HugePages = map[string]uint64{"/data": 2 << 20}
+	plan := func(id string, limits ...specs.LinuxHugepageLimit) (*Plan, error) {
+		return NewPlan(Container{
+			ID: id, Bundle: "/bundle", Root: &specs.Root{Path: "rootfs"}, HugePages: limits,
+			Mounts: []specs.Mount{{Type: "bind", Source: "/data", Destination: "/huge", Options: []string{"rbind"}}},
+		}, f)
+	}
+	var volumes []string
+	for _, id := range []string{"a", "b"} {
+		p, err := plan(id, specs.LinuxHugepageLimit{Pagesize: "1GB", Limit: 1 << 30}, specs.LinuxHugepageLimit{Pagesize: "2MB", Limit: 8 << 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(p.Host) != 1 || len(p.Storages) != 1 || len(p.Mounts) != 1 {
+			t.Fatalf("planned %+v", p)
+		}
+		s := p.Storages[0]
+		if s.GetFstype() != "hugetlbfs" || !s.GetShared() || !slices.Equal(s.GetOptions(), []string{"pagesize=2097152", "size=8388608"}) {
+			t.Errorf("storage %v", s)
+		}
+		if p.Mounts[0].Source != s.GetMountPoint() {
+			t.Errorf("mount %+v of storage %v", p.Mounts[0], s)
+		}
+		volumes = append(volumes, s.GetMountPoint())
+	}
+	if volumes[0] != volumes[1] {
+		t.Errorf("volumes %q", volumes)
+	}
+	for _, limit := range []specs.LinuxHugepageLimit{{Pagesize: "2MB"}, {Pagesize: "1GB", Limit: 1 << 30}, {Pagesize: "2 MB", Limit: 1}, {Limit: 1}} {
+		if _, err := plan("c", limit); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("limit %+v: %v", limit, err)
+		}
 	}
 }

@@ -10,13 +10,15 @@ package storage
 
 // Tag is the mount tag of the sandbox's share, GuestDir where the agent mounts
 // it, and GuestShm the shared memory of the sandbox. They are the agent
-// protocol's conventions. Below GuestWatched are the copies of small volumes.
+// protocol's conventions. Below GuestWatched are the copies of small volumes,
+// below GuestHugePages volumes of huge pages.
 const (
 	Tag      = "kataShared"
 	GuestDir = "/run/kata-containers/shared/containers"
 	GuestShm = "/run/kata-containers/sandbox/shm"
 
-	GuestWatched = "/run/kata-containers/sandbox/watched"
+	GuestWatched   = "/run/kata-containers/sandbox/watched"
+	GuestHugePages = "/run/kata-containers/sandbox/hugepages"
 )
 
 // A Mount is a mount on the host as containerd describes it.

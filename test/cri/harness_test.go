@@ -42,6 +42,10 @@ func TestMain(m *testing.M) {
 // with 2.
 var generation = cmp.Or(os.Getenv("VMSHIM_TEST_CONTAINERD"), "2")
 
+// handlerMiB is the memory of machines by the configuration that the sandbox API's
+// handler names; others have the default.
+const handlerMiB, defaultMiB = 352, 256
+
 // A node is a containerd with CRI.
 type node struct {
 	*testing.T
@@ -69,8 +73,13 @@ func newNode(t *testing.T, handler string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
+	handlers := filepath.Join(dir, "handler.toml")
+	text := local.Config("debug = true") + fmt.Sprintf("memory_mib = %d\n", handlerMiB)
+	if err := os.WriteFile(handlers, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	d, err := local.StartCRI(t.Context(), generation, daemon.CRI{
-		PauseImage: ociimage.Name, Network: fmt.Sprintf(daemon.Network, filepath.Join(dir, "addresses")),
+		PauseImage: ociimage.Name, Network: fmt.Sprintf(daemon.Network, filepath.Join(dir, "addresses")), HandlerConfig: handlers,
 	})
 	if err != nil {
 		t.Fatal(err)

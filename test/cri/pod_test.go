@@ -1,9 +1,11 @@
 package cri
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -11,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmshim/vmshim/test/daemon"
@@ -35,10 +39,15 @@ func TestE2EPod(t *testing.T) {
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
 		})
 		volume, change := n.configMap()
+		v := n.volumes()
 		a := p.start("a", func(c *runtimeapi.ContainerConfig) {
-			c.Mounts = []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/config", Readonly: true}}
+			c.Mounts = append(v.mounts("a"), &runtimeapi.Mount{HostPath: volume, ContainerPath: "/config", Readonly: true})
 		}, "sh", "-c", "echo hello; echo $(hostname) >&2; exec sleep 1000")
+		if mib, want := n.memory(a), n.machineMiB(); mib >= want || mib < want-80 {
+			n.Errorf("the guest has %d MiB; its handler's configuration says %d", mib, want)
+		}
 		b := p.start("b", func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = v.mounts("b")
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
 		}, "sleep", "1001")
 
@@ -73,8 +82,10 @@ func TestE2EPod(t *testing.T) {
 		if got := n.exec(a, "cat", "/config/key"); got != "one" {
 			n.Errorf("the volume has %q", got)
 		}
+		n.exec(a, "sh", "-c", "/bin/watchdir /config </dev/null >/tmp/events 2>&1 & until grep -q watching /tmp/events; do sleep 0.1; done")
 		change()
-		n.exec(a, "sh", "-c", "until [ $(cat /config/key) = two ]; do sleep 0.1; done")
+		n.exec(a, "sh", "-c", "until [ $(cat /config/key) = two ] && grep -qx 'moved ..data' /tmp/events; do sleep 0.1; done")
+		v.check(a, b)
 
 		before := n.memory(a)
 		n.crictl("update", "--memory", strconv.Itoa(256<<20), b)
@@ -83,6 +94,11 @@ func TestE2EPod(t *testing.T) {
 		}
 		if after := n.memory(a); after < before+128 {
 			n.Errorf("the guest has %d MiB after the update, before %d", after, before)
+		}
+
+		p.resize(512 << 20)
+		if after, want := n.memory(a), before+384; n.handler == daemon.HandlerSandbox && after < want {
+			n.Errorf("the guest has %d MiB after the pod's update, want %d", after, want)
 		}
 
 		n.crictl("stop", "--timeout", "1", a)
@@ -127,6 +143,84 @@ func (n *node) configMap() (dir string, change func()) {
 		n.Fatal(err)
 	}
 	return dir, func() { write("..2", "two") }
+}
+
+// volumes are what the kubelet mounts for containers, beside config maps.
+type volumes struct {
+	*node
+	dir string
+}
+
+func (n *node) volumes() *volumes {
+	n.Helper()
+	v := &volumes{n, filepath.Join(n.local.Dir, "pods/uid")}
+	for _, dir := range []string{"volumes/disk/sub/dir", "volume-subpaths/disk/a/0", "volumes/kubernetes.io~empty-dir/memory"} {
+		if err := os.MkdirAll(v.path(dir), 0o755); err != nil {
+			n.Fatal(err)
+		}
+	}
+	for _, file := range []string{"volumes/disk/sub/file", "volume-subpaths/disk/a/1", "termination.a", "termination.b"} {
+		if err := os.WriteFile(v.path(file), nil, 0o666); err != nil {
+			n.Fatal(err)
+		}
+	}
+	for _, m := range []struct {
+		source, target, kind, data string
+		flags                      uintptr
+	}{
+		{v.path("volumes/disk/sub/dir"), "volume-subpaths/disk/a/0", "", "", unix.MS_BIND},
+		{v.path("volumes/disk/sub/file"), "volume-subpaths/disk/a/1", "", "", unix.MS_BIND},
+		{"tmpfs", "volumes/kubernetes.io~empty-dir/memory", "tmpfs", "size=1m", 0},
+	} {
+		if err := unix.Mount(m.source, v.path(m.target), m.kind, m.flags, m.data); err != nil {
+			n.Fatal(err)
+		}
+		n.Cleanup(func() {
+			if err := unix.Unmount(v.path(m.target), 0); err != nil {
+				n.Error(err)
+			}
+		})
+	}
+	// A program that watches a directory.
+	build := exec.CommandContext(n.Context(), "go", "build", "-o", v.path("watchdir"), "github.com/vmshim/vmshim/test/vm/watchdir")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		n.Fatalf("%v: %s", err, out)
+	}
+	return v
+}
+
+func (v *volumes) path(name string) string { return filepath.Join(v.dir, name) }
+
+func (v *volumes) mounts(container string) []*runtimeapi.Mount {
+	return []*runtimeapi.Mount{
+		{HostPath: v.path("volume-subpaths/disk/a/0"), ContainerPath: "/sub/dir"},
+		{HostPath: v.path("volume-subpaths/disk/a/1"), ContainerPath: "/sub/file"},
+		{HostPath: v.path("volumes/kubernetes.io~empty-dir/memory"), ContainerPath: "/memory"},
+		{HostPath: v.path("termination." + container), ContainerPath: "/dev/termination-log"},
+		{HostPath: v.path("watchdir"), ContainerPath: "/bin/watchdir", Readonly: true},
+	}
+}
+
+// check has containers write to the volumes, and looks for that on the host.
+func (v *volumes) check(a, b string) {
+	v.Helper()
+	v.exec(a, "sh", "-c", "echo dir >/sub/dir/new; echo file >/sub/file; echo why >/dev/termination-log; echo shared >/memory/file")
+	for name, want := range map[string]string{
+		"volumes/disk/sub/dir/new": "dir\n", "volumes/disk/sub/file": "file\n", "termination.a": "why\n", "termination.b": "",
+		"volumes/kubernetes.io~empty-dir/memory/file": "shared\n",
+	} {
+		if got, err := os.ReadFile(v.path(name)); err != nil || string(got) != want {
+			v.Errorf("%s on the host has %q, %v; want %q", name, got, err, want)
+		}
+	}
+	if got := v.exec(b, "cat", "/sub/dir/new", "/sub/file", "/memory/file"); got != "dir\nfile\nshared" {
+		v.Errorf("the other container reads %q", got)
+	}
+	full := "dd if=/dev/zero of=/memory/big bs=64k count=32 2>&1; [ $(wc -c </memory/big) -lt 1048576 ] && rm /memory/big && echo less"
+	if got := v.exec(b, "sh", "-c", full); !strings.Contains(got, "No space left") || !strings.HasSuffix(got, "less") {
+		v.Errorf("2 MiB into a volume of 1 MiB: %q", got)
+	}
 }
 
 // wantStats asks for the numbers of a container.
@@ -193,12 +287,38 @@ func (n *node) memory(id string) (mib int) {
 	return kib >> 10
 }
 
+// machineMiB is how large the machine of a pod without limits is.
+func (n *node) machineMiB() int {
+	if n.handler == daemon.HandlerSandbox {
+		return handlerMiB
+	}
+	return defaultMiB
+}
+
+// resize says as the kubelet does, for which crictl has no command, that a pod's
+// containers may use so much memory together.
+func (p *pod) resize(bytes int64) {
+	p.Helper()
+	ctx, cancel := context.WithTimeout(p.Context(), time.Minute)
+	defer cancel()
+	conn, err := grpc.NewClient("unix://"+p.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := runtimeapi.NewRuntimeServiceClient(conn).UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{
+		PodSandboxId: p.id, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: bytes},
+	}); err != nil {
+		p.Fatal(err)
+	}
+}
+
 // What is lost with the machine is told, and removed.
 func TestE2EPodMachineKilled(t *testing.T) {
 	eachHandler(t, func(n *node) {
 		p := n.run("lost", nil)
 		var ids []string
-		for i := range 3 {
+		for i := range 5 {
 			ids = append(ids, p.start(fmt.Sprintf("c%d", i), nil, "sleep", "1000"))
 		}
 		n.kill("qemu-system")

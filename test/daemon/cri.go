@@ -27,6 +27,9 @@ type CRI struct {
 	Mirror string
 	// Network is the text of a CNI configuration list; its plugins are Debian's.
 	Network string
+	// HandlerConfig is the shim's configuration for HandlerSandbox, which names it
+	// in its options; empty: the one of all.
+	HandlerConfig string
 }
 
 // write makes the files that the configuration names.
@@ -59,7 +62,7 @@ func (c *CRI) config(d *Daemon) string {
 [plugins.'io.containerd.grpc.v1.cri'.cni]
   bin_dir = '/usr/lib/cni'
   conf_dir = '%s'
-`, c.PauseImage, d.path("certs.d"), d.path("cni")) + runtimes("io.containerd.grpc.v1.cri", "")
+`, c.PauseImage, d.path("certs.d"), d.path("cni")) + runtimes("io.containerd.grpc.v1.cri", "", "")
 	}
 	return fmt.Sprintf(`[plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = '%s'
@@ -74,10 +77,10 @@ func (c *CRI) config(d *Daemon) string {
 [plugins.'io.containerd.nri.v1.nri']
   disable = true
 `, c.PauseImage, d.path("certs.d"), d.path("cni")) +
-		runtimes("io.containerd.cri.v1.runtime", HandlerSandbox)
+		runtimes("io.containerd.cri.v1.runtime", HandlerSandbox, c.HandlerConfig)
 }
 
-func runtimes(plugin, sandboxAPI string) string {
+func runtimes(plugin, sandboxAPI, config string) string {
 	var text strings.Builder
 	for _, name := range []string{HandlerRunc, HandlerVM, sandboxAPI} {
 		if name == "" {
@@ -91,6 +94,9 @@ func runtimes(plugin, sandboxAPI string) string {
 			extra += "  sandboxer = 'shim'\n  disable_pause_image_pull = true\n"
 		}
 		fmt.Fprintf(&text, "[plugins.'%s'.containerd.runtimes.%s]\n  runtime_type = '%s'\n%s", plugin, name, kind, extra)
+		if name == sandboxAPI && config != "" {
+			fmt.Fprintf(&text, "[plugins.'%s'.containerd.runtimes.%s.options]\n  ConfigPath = '%s'\n", plugin, name, config)
+		}
 	}
 	return text.String()
 }

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	rt "runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -79,7 +80,7 @@ func newNerd(t *testing.T) *nerd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_, _ = n.try("rm", "-f", "web", "client", "bare")
+		_, _ = n.try("rm", "-f", "web", "client", "bare", "broken")
 		left, err := n.Leftovers(local.StateDir())
 		for end := time.Now().Add(10 * time.Second); len(left) > 0 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 			left, err = n.Leftovers(local.StateDir())
@@ -180,7 +181,8 @@ func (n *nerd) day() {
 	n.must(os.WriteFile(filepath.Join(data, "note"), []byte("from the host"), 0o644))
 	run := func(flags ...string) []string { return append([]string{"run", "--runtime", runtime}, flags...) }
 
-	n.do(run("-d", "--name", "web", "--hostname", "webhost", "-p", "127.0.0.1:18080:80", "--dns", "10.9.9.53", "--add-host", "db:10.9.9.9",
+	n.do("network", "create", "--ipv6", "--subnet", "10.98.0.0/24", "--subnet", "fd98::/64", "six")
+	n.do(run("-d", "--name", "web", "--net", "bridge", "--net", "six", "--hostname", "webhost", "-p", "127.0.0.1:18080:80", "--dns", "10.9.9.53", "--add-host", "db:10.9.9.9",
 		"-v", data+":/data", "--tmpfs", "/scratch:size=1m", "--memory", "96m", "--cpus", "1",
 		ociimage.Name, "sh", "-c", "echo serving; exec nc -ll -p 80 -e echo hello")...)
 
@@ -192,7 +194,7 @@ func (n *nerd) day() {
 	n.has(n.do("ps"), "web", "127.0.0.1:18080->80/tcp")
 	ip := strings.TrimSpace(n.do("inspect", "--format", "{{.NetworkSettings.IPAddress}}", "web"))
 	n.has(n.do("inspect", "web"), `"Running": true`, `"webhost"`)
-	guest := n.do("exec", "web", "sh", "-c", "ip addr show eth0; ip route; cat /etc/resolv.conf /etc/hosts /data/note; hostname; df /scratch; grep MemTotal /proc/meminfo")
+	guest := n.do("exec", "web", "sh", "-c", "ip addr; ip route; cat /etc/resolv.conf /etc/hosts /data/note; hostname; df /scratch; grep MemTotal /proc/meminfo")
 	n.has(guest, "inet "+ip+"/", "default via", "nameserver 10.9.9.53", "10.9.9.9", "db", "from the host", "webhost", "1024", "/scratch")
 	if got := n.get("127.0.0.1:18080"); got != "hello\n" {
 		n.Errorf("published port: %q", got)
@@ -223,7 +225,15 @@ func (n *nerd) day() {
 	}
 	n.processes()
 
-	n.has(n.do(run("--rm", "--name", "client", ociimage.Name, "sh", "-c", "nc "+ip+" 80 </dev/null; ping -c 1 -W 10 "+ip)...), "hello", "1 packets received")
+	// Over another network, which has IPv6 too.
+	n.has(n.do("exec", "web", "ip", "addr", "show", "eth1"), "inet 10.98.0.2/24", "inet6 fd98::2/64")
+	client := "for a in web 10.98.0.2 fd98::2; do echo $(nc $a 80 </dev/null) from $a; ping -c 1 -W 10 $a; done; ping -c 1 -W 10 fd98::1; ip addr"
+	got := n.do(run("--rm", "--name", "client", "--net", "six", ociimage.Name, "sh", "-c", client)...)
+	n.has(got, "hello from web", "hello from 10.98.0.2", "hello from fd98::2", "inet6 fd98::3/64")
+	if strings.Count(got, "1 packets received") != 4 {
+		n.Errorf("lost packets: %s", got)
+	}
+	n.broken(run)
 	if out := n.do(run("--rm", "--name", "bare", "--net", "none", ociimage.Name, "ip", "-o", "link")...); strings.Count(out, "\n") != 1 || !strings.Contains(out, "lo:") {
 		n.Errorf("interfaces without a network: %s", out)
 	}
@@ -238,6 +248,32 @@ func (n *nerd) day() {
 	if conn, err := net.DialTimeout("tcp", "127.0.0.1:18080", time.Second); err == nil {
 		conn.Close()
 		n.Error("the port is still published")
+	}
+}
+
+// broken has a network fail after it made an interface.
+func (n *nerd) broken(run func(...string) []string) {
+	n.Helper()
+	leases := filepath.Join(n.dir, "leases")
+	n.must(os.WriteFile(filepath.Join(n.dir, "netconf", "broken.conflist"), fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": "broken", "plugins": [
+		{"type": "bridge", "bridge": "br-broken", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.97.0.0/24"}]], "dataDir": %q}},
+		{"type": "tuning", "sysctl": {"net.core.vmshim": "1"}}]}`, leases), 0o600))
+	before, err := net.Interfaces()
+	n.must(err)
+	n.refused("net/core/vmshim", run("-d", "--name", "broken", "--net", "broken", ociimage.Name, "sleep", "1000")...)
+	n.do("rm", "-f", "broken")
+	if left, err := filepath.Glob(leases + "/broken/10.*"); err != nil || len(left) > 0 {
+		n.Errorf("addresses left: %v, %v", left, err)
+	}
+	if left, err := filepath.Glob(n.local.StateDir() + "/*/state.json"); err != nil || len(left) != 1 {
+		n.Errorf("sandboxes left beside web's: %v, %v", left, err)
+	}
+	after, err := net.Interfaces()
+	n.must(err)
+	for _, link := range after {
+		if link.Name != "br-broken" && !slices.ContainsFunc(before, func(b net.Interface) bool { return b.Name == link.Name }) {
+			n.Errorf("interface left: %s", link.Name)
+		}
 	}
 }
 

@@ -1,6 +1,11 @@
 package shim
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -144,11 +149,12 @@ func TestShimEventsWait(t *testing.T) {
 	h.sink.wantNoMore(t)
 }
 
-// The kernel of the guest kills a process: OOM comes before the exit, and the
-// statistics afterwards say so too.
+// The kernel of the guest kills a process, that of the host the machine: OOM comes
+// before the exit, and the statistics afterwards say so too.
 func TestShimOOM(t *testing.T) {
 	h := newHost(t)
-	c := h.bundle("oom", "sh", "-c", "x=a; while :; do x=$x$x; done")
+	pod := h.bundle("pod", "none").annotate("sandbox", "pod").run()
+	c := h.bundle("oom", "sh", "-c", "x=a; while :; do x=$x$x; done").annotate("container", "pod")
 	limit := int64(24 << 20)
 	c.spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &limit, Swap: &limit}
 	c.run()
@@ -156,9 +162,52 @@ func TestShimOOM(t *testing.T) {
 		t.Errorf("exit code %d, want 137", code)
 	}
 	h.sink.want(t, "oom oom", "exit oom oom 137")
-	r, err := c.Stats(c.ctx(), &taskapi.StatsRequest{ID: c.id})
+	c.wantKills()
+	c.delete()
+
+	d := h.bundle("host", "sh", "-c", "until [ -e /dev/go ]; do sleep 0.1; done; for f in /dev/a /dev/shm/b; do dd if=/dev/zero of=$f bs=1M count=60; done; sleep 1000").
+		annotate("container", "pod").run()
+	h.limitMemory(16 << 20)
+	d.exec("go", nil, nil, "touch", "/dev/go")
+	d.wait("go")
+	h.sink.want(t, "exit host go 0")
+	var events []string
+	for range 4 {
+		events = append(events, h.sink.next(t))
+	}
+	for _, id := range []string{"host", "pod"} {
+		oom, exit := slices.Index(events, "oom "+id), slices.Index(events, fmt.Sprintf("exit %s %s 137", id, id))
+		if oom < 0 || exit < oom {
+			t.Errorf("events %q, want an OOM kill of %s and then its exit", events, id)
+		}
+	}
+	d.wantKills()
+	d.delete()
+	pod.delete()
+	h.sink.wantNoMore(t)
+}
+
+// limitMemory leaves the machine only so much more of the host's memory than it has.
+func (h *host) limitMemory(room int) {
+	h.Helper()
+	group, usage, limit := "/sys/fs/cgroup", "memory.current", "memory.max"
+	if _, err := os.Stat(group + "/cgroup.controllers"); err != nil {
+		group, usage, limit = group+"/memory", "memory.usage_in_bytes", "memory.limit_in_bytes"
+	}
+	group = filepath.Join(group, "vmshim-test", strconv.Itoa(os.Getpid()))
+	text, err := os.ReadFile(filepath.Join(group, usage))
+	h.must(err)
+	now, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	h.must(err)
+	h.must(os.WriteFile(filepath.Join(group, limit), []byte(strconv.Itoa(now+room)), 0))
+}
+
+// wantKills looks for an OOM kill in the statistics.
+func (t *tasks) wantKills() {
+	t.Helper()
+	r, err := t.Stats(t.ctx(), &taskapi.StatsRequest{ID: t.id})
 	if err != nil {
-		t.Fatalf("Stats after the exit: %v", err)
+		t.Fatalf("Stats of %s after the exit: %v", t.id, err)
 	}
 	v, err := typeurl.UnmarshalAny(r.GetStats())
 	if err != nil {
@@ -174,10 +223,8 @@ func TestShimOOM(t *testing.T) {
 		t.Errorf("metrics are %T", v)
 	}
 	if kills == 0 {
-		t.Errorf("no kill in %v", v)
+		t.Errorf("no kill of %s in %v", t.id, v)
 	}
-	c.delete()
-	h.sink.wantNoMore(t)
 }
 
 // containerd gives up a Create that is going on.

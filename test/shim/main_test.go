@@ -1,9 +1,15 @@
 package shim
 
 import (
+	"os"
 	"testing"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
 )
 
-func TestMain(m *testing.M) { vmtest.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv("VMSHIM_TEST_ALL") != "" {
+		moveMore()
+	}
+	vmtest.Main(m)
+}

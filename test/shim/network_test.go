@@ -130,10 +130,13 @@ func TestShimNetworkFollows(t *testing.T) {
 	c.waitFor("[ -z \"$(ip route show 192.168.9.0/24)\" ]")
 	h.must(p.LinkSetMTU(p.link(h, "eth0"), 1300))
 	c.waitFor("ip addr show eth0 | grep 'mtu 1300'")
-	h.must(p.NeighSet(&netlink.Neigh{
+	static := &netlink.Neigh{
 		LinkIndex: p.link(h, "eth0").Attrs().Index, State: unix.NUD_PERMANENT, IP: net.ParseIP("10.77.0.99").To4(), HardwareAddr: mac(h, podMAC(99)),
-	}))
+	}
+	h.must(p.NeighSet(static))
 	c.waitFor("ip neigh | grep '10.77.0.99 dev eth0 lladdr " + podMAC(99) + "'")
+	h.must(p.NeighDel(static))
+	c.waitFor("! ip neigh | grep '10.77.0.99 dev eth0 lladdr'")
 
 	// Others come and go.
 	attrs := netlink.LinkAttrs{Name: "dummy9", HardwareAddr: mac(h, podMAC(9)), MTU: 1450}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -28,10 +29,12 @@ func (t *tasks) annotate(kind, sandbox string) *tasks {
 }
 
 // The containers of a pod share a machine and a shim; each comes and goes by
-// itself, and the pod's own takes the machine with it.
+// itself, and the pod's own takes the machine with it. Of the pod's network they
+// have nothing, as configured.
 func TestShimPod(t *testing.T) {
-	h := newHost(t)
-	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").run()
+	h := newHost(t, "network = { model = 'none' }")
+	p := h.lan().pod("a", 2)
+	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").joins(p).run()
 	a := h.bundle("a", "sh", "-c", "exit 6").annotate("container", "pod").run()
 	if a.address != pod.address {
 		t.Errorf("address of a member %q, want the pod's %q", a.address, pod.address)
@@ -44,6 +47,9 @@ func TestShimPod(t *testing.T) {
 	a.delete() // and the delete command beside a shim that lives on
 	b.wantStatus(task.Status_RUNNING)
 	pod.wantStatus(task.Status_RUNNING)
+	if out := b.sh("ip -o link"); strings.Count(out, "\n") != 1 || !strings.Contains(out, "lo:") {
+		t.Errorf("interfaces without a network: %s", out)
+	}
 	if text, err := os.ReadFile(filepath.Join(b.bundle, "address")); err != nil || string(text) != pod.address {
 		t.Errorf("address in the bundle of a member: %q, %v", text, err)
 	}
@@ -64,6 +70,7 @@ func TestShimPod(t *testing.T) {
 	b.end()
 	c.end()
 	pod.end()
+	p.clean(h)
 	h.sink.wantNoMore(t)
 }
 
@@ -88,9 +95,28 @@ func (t *tasks) output(execID string, args ...string) string {
 	return f.output()
 }
 
+// hugePages is a volume of them on the host, as the kubelet makes it.
+func (h *host) hugePages() string {
+	h.Helper()
+	dir := filepath.Join(h.dir, "huge")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		h.Fatal(err)
+	}
+	if err := unix.Mount("nodev", dir, "hugetlbfs", 0, "pagesize=2M"); err != nil {
+		h.Fatal(err)
+	}
+	h.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			h.Error(err)
+		}
+	})
+	return dir
+}
+
 // Containers of a pod share what they ask for, and no more; one may come again.
 func TestShimPodShares(t *testing.T) {
 	h := newHost(t)
+	huge := h.hugePages()
 	pod := h.bundle("pod", "none").annotate("sandbox", "pod").run()
 	a := h.bundle("a", "sh", "-c", "sleep 1001; :").annotate("container", "pod").pidNamespace(pod).run()
 	b := h.bundle("b", "sleep", "1002").annotate("container", "pod").pidNamespace(pod).run()
@@ -113,6 +139,24 @@ func TestShimPodShares(t *testing.T) {
 	if got := a.output("comm", "cat", "/proc/1/comm"); got != "pause\n" {
 		t.Errorf("the first process of the pod is %q", got)
 	}
+	// Huge pages are the guest's, and one volume for all who have it.
+	for i, id := range []string{"huge", "huger"} {
+		d := h.bundle(id, "sleep", "1000").annotate("container", "pod")
+		d.spec.Linux.Resources.HugepageLimits = []specs.LinuxHugepageLimit{{Pagesize: "2MB", Limit: 8 << 20}}
+		d.spec.Mounts = append(d.spec.Mounts, specs.Mount{Type: "bind", Source: huge, Destination: "/huge", Options: []string{"rbind"}})
+		d.run()
+		script := "grep ' /huge ' /proc/mounts; grep HugePages_Total /proc/meminfo; ls /huge; mkdir /huge/" + id
+		want := "nodev /huge hugetlbfs rw,relatime,pagesize=2M,size=8388608 0 0\nHugePages_Total:       4\n" + []string{"", "huge\n"}[i]
+		if got := d.output("look", "sh", "-c", script); got != want {
+			t.Errorf("huge pages: %q, want %q", got, want)
+		}
+		d.end()
+	}
+	refused := h.bundle("refused", "true").annotate("container", "pod")
+	refused.spec.Mounts = append(refused.spec.Mounts, specs.Mount{Type: "bind", Source: huge, Destination: "/huge", Options: []string{"rbind"}})
+	refused.start()
+	_, err := refused.Create(refused.ctx(), refused.createRequest())
+	refused.wantClass("Create without a limit of huge pages", errdefs.IsInvalidArgument, err)
 	// The pod's first process outlives those that share its namespace, and reaps.
 	a.end()
 	for _, dir := range []string{a.bundle, filepath.Join(h.dir, "f", "a")} { // as containerd does
