@@ -8,14 +8,14 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // The process that begins the shared pid namespace has nothing of the guest; and
 // when it was killed, the next container gets another one.
 func TestPidOwner(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("makes namespaces: run as root")
-	}
+	need.Root(t)
 	cfg := Config{Root: t.TempDir()}
 	b := &sandbox{cfg: cfg, pids: newLock(), containers: map[string]*container{}}
 	if err := os.MkdirAll(cfg.stateDir(), 0o700); err != nil {

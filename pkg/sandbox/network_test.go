@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
@@ -30,7 +31,7 @@ type pod struct {
 
 func newPod(t *testing.T) *pod {
 	t.Helper()
-	needRoot(t)
+	need.Root(t)
 	p := &pod{t: t, path: t.TempDir() + "/ns"}
 	p.must(os.WriteFile(p.path, nil, 0o600))
 	p.must(thread.Run(p.make))
