@@ -55,6 +55,7 @@ func TestVMDevices(t *testing.T) {
 		{"failed container", failedContainer},
 		{"ext4", func(t *testing.T, m *machine) { volume(t, m, "ext4", 16, 48, 32) }},
 		{"xfs", func(t *testing.T, m *machine) { volume(t, m, "xfs", 320, 640, 480) }},
+		{"other disks", otherDisks},
 		{"swap", swap},
 		{"cpus", onlineCPUs},
 		{"memory", onlineMemory},

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
 // A volume of a container grows under it, to a size and to the end of its disk.
@@ -99,6 +100,46 @@ func volume(t *testing.T, m *machine, fstype string, mib, disk, size uint64) {
 	m.remove(id)
 	if err := m.UnplugDisk(m.ctx(), fstype); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A volume can be on a SCSI disk as well, and on one that is named by its node.
+func otherDisks(t *testing.T, m *machine) {
+	fill := func(id string) hypervisor.Disk {
+		img, tree := image(t, id, "", 8), t.TempDir()
+		if err := os.WriteFile(filepath.Join(tree, "f"), []byte("on "+id), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		onHost(t, "mkfs.ext4", "-q", "-F", "-d", tree, img.Path)
+		return img
+	}
+	scsi, err := m.PlugSCSIDisk(m.ctx(), fill("scsi"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pci, err := m.PlugDisk(m.ctx(), fill("node"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.seen("ls "+guestPCI(pci)+"/virtio*/block | wc -l", "1")
+	node := "/dev/" + m.look("ls "+guestPCI(pci)+"/virtio*/block")
+	m.create("disks", func(r *protocol.CreateContainerRequest) {
+		for driver, source := range map[string]string{"scsi": scsi, "mmioblk": node} {
+			at := guestRoot + "sandbox/storage/" + driver
+			r.Storages = append(r.Storages, &protocol.Storage{Driver: driver, Source: source, Fstype: "ext4", MountPoint: at, Options: []string{"ro"}})
+			r.OCI.Mounts = append(r.OCI.Mounts, &protocol.Mount{Destination: "/" + driver, Source: at, Type: "bind", Options: []string{"rbind"}})
+		}
+	}, "/bin/sleep", "1000")
+	m.startContainer("disks")
+	got := m.inContainer("disks", "/bin/sh", "-c", "cat /scsi/f; echo; cat /mmioblk/f; echo; touch /scsi/x 2>&1; touch /mmioblk/x 2>&1; true")
+	if want := "on scsi\non node\ntouch: /scsi/x: Read-only file system\ntouch: /mmioblk/x: Read-only file system"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	m.remove("disks")
+	for _, id := range []string{"scsi", "node"} { // which nothing of the guest uses any more
+		if err := m.UnplugDisk(m.ctx(), id); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
