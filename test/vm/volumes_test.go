@@ -47,9 +47,19 @@ func volume(t *testing.T, m *machine, fstype string, mib, disk, size uint64) {
 	}
 	check := func(least, most uint64) {
 		t.Helper()
-		bytes, inodes := stats()
+		statfs := func() string {
+			return m.inContainer(id, "/bin/sh", "-c", "busybox stat -f -c '%b %f %a %S %c %d' /vol")
+		}
+		var bytes, inodes *protocol.VolumeUsage
+		out := statfs()
+		// Behind a write xfs gives back what it had set aside.
+		m.eventually("nothing moves", func() bool {
+			before := out
+			bytes, inodes = stats()
+			out = statfs()
+			return out == before
+		})
 		var total, free, available, block, files, filesFree uint64
-		out := m.inContainer(id, "/bin/sh", "-c", "busybox stat -f -c '%b %f %a %S %c %d' /vol")
 		if _, err := fmt.Sscan(out, &total, &free, &available, &block, &files, &filesFree); err != nil {
 			t.Fatal(out, err)
 		}
