@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"pkg/config":          {"pkg/hypervisor", "pkg/hypervisor/qemu", "pkg/network", "pkg/sandbox", "pkg/storage"},
 	"internal/guest":      {"pkg/agent/protocol", "internal/cleanup", "internal/pause", "internal/rtnetlink", "internal/thread", "internal/version", "pkg/vsock"},
 	"internal/cleanup":    {},
+	"internal/need":       {},
 	"internal/pause":      {},
 	"internal/rtnetlink":  {},
 	"internal/thread":     {},

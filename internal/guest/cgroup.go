@@ -26,6 +26,9 @@ func containerCgroup(id string) cgroup {
 	return cgroup(filepath.Join(fs2.UnifiedMountpoint, cgroupParent, id))
 }
 
+// name is what /proc calls it.
+func (g cgroup) name() string { return strings.TrimPrefix(string(g), fs2.UnifiedMountpoint) }
+
 func (g cgroup) file(name string) string { return filepath.Join(string(g), name) }
 
 func (g cgroup) write(name, value string) error {

@@ -205,10 +205,11 @@ func (c *container) launch(spec *specs.Process, execID string, init, noStdin boo
 		}
 	}
 	if err := c.lib.Start(lib); err != nil {
+		c.reapStrays()
 		if c.isDoomed() {
 			return nil, precondition("container %q was killed", c.id)
 		}
-		return nil, fmt.Errorf("start process %q of container %q: %w", execID, c.id, err)
+		return nil, fmt.Errorf("start process %q of container %q: %w%s", execID, c.id, err, streams.lastWords())
 	}
 	p := &process{id: execID, init: init, lib: lib, io: streams, done: make(chan struct{})}
 	noConsole := streams.started(o)

@@ -17,7 +17,7 @@ import (
 
 // hotplugTimeout is how long a device may take to appear when the host does not
 // say.
-const hotplugTimeout = 3 * time.Second
+const hotplugTimeout = 10 * time.Second
 
 // devices finds those of the guest, and waits for those that are to come.
 type devices struct {

@@ -47,7 +47,7 @@ type Config struct {
 	// PipeSize is the capacity of the pipes that carry standard streams, in
 	// bytes; 0 is 256 KiB.
 	PipeSize int
-	// HotplugTimeout is how long a device may take to appear; 0 is 3 seconds.
+	// HotplugTimeout is how long a device may take to appear; 0 is 10 seconds.
 	HotplugTimeout time.Duration
 	// Ready is called once, when everything listens. An error is logged.
 	Ready func(ctx context.Context) error

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/internal/rtnetlink"
 	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
@@ -33,9 +34,7 @@ type testNetwork struct {
 
 func newTestNetwork(t *testing.T) *testNetwork {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	s := &service{sandbox: newSandbox(Config{HotplugTimeout: 5 * time.Second}, nil, nil)}
 	n := s.sandbox.network
 	var err error

@@ -36,8 +36,12 @@ func startPidOwner(dir string) (_ *pidOwner, err error) {
 	if err := os.MkdirAll(o.root, 0o711); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(o.root))
+		}
+	}()
 	path := filepath.Join(o.root, "pause")
-	defer func() { err = errors.Join(err, os.Remove(path)) }()
 	if err := os.WriteFile(path, program, 0o555); err != nil {
 		return nil, err
 	}
@@ -56,6 +60,9 @@ func startPidOwner(dir string) (_ *pidOwner, err error) {
 		_ = o.cmd.Wait()
 		close(o.ended)
 	}()
+	if err := os.Remove(path); err != nil {
+		return nil, errors.Join(err, o.close())
+	}
 	return o, nil
 }
 

@@ -4,18 +4,19 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // The process that begins the shared pid namespace has nothing of the guest; and
 // when it was killed, the next container gets another one.
 func TestPidOwner(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("makes namespaces: run as root")
-	}
+	need.Root(t)
 	cfg := Config{Root: t.TempDir()}
 	b := &sandbox{cfg: cfg, pids: newLock(), containers: map[string]*container{}}
 	if err := os.MkdirAll(cfg.stateDir(), 0o700); err != nil {
@@ -53,5 +54,19 @@ func TestPidOwner(t *testing.T) {
 	<-b.pidOwner.ended
 	if next, err := b.pidNamespace(t.Context(), true, ""); next == path || err != nil {
 		t.Errorf("after its end: %q, %v", next, err)
+	}
+}
+
+// One that can't be started leaves no directory.
+func TestPidOwnerFails(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, ".pause", "pause"), 0o700); err != nil { // where its program belongs
+		t.Fatal(err)
+	}
+	if o, err := startPidOwner(dir); err == nil {
+		t.Errorf("started: %v", o.close())
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -2,6 +2,7 @@ package guest
 
 import (
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -250,5 +251,34 @@ func TestMetrics(t *testing.T) {
 	}
 	if strings.Contains(out.String(), "bad") {
 		t.Error("what is not a number is there")
+	}
+}
+
+func TestIsStray(t *testing.T) {
+	group := containerCgroup("c")
+	for _, tt := range []struct {
+		name, stat, cgroup string
+		want               bool
+	}{
+		{"a zombie in the group", "7 (runc:[1:CHILD]) Z 5 7 0", "0::/vmshim/c\n", true},
+		{"of hybrid control groups", "7 (x) S 5 7 0", "3:pids:/x\n0::/vmshim/c\n", true},
+		{"with a name that looks like more", "7 (x) Z 6 (y) Z 5 1", "0::/vmshim/c\n", true},
+		{"a child of another", "7 (x) Z 6 5 5", "0::/vmshim/c\n", false},
+		{"in another group", "7 (x) Z 5 7 0", "0::/vmshim/c2\n", false},
+		{"below the group", "7 (x) Z 5 7 0", "0::/vmshim/c/d\n", false},
+		{"nothing", "", "", false},
+	} {
+		proc := t.TempDir()
+		for name, text := range map[string]string{"stat": tt.stat, "cgroup": tt.cgroup} {
+			if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := isStray(proc, 5, group); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
+	}
+	if isStray(t.TempDir(), 5, group) {
+		t.Error("one that is gone")
 	}
 }

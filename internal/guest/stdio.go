@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
@@ -148,6 +149,33 @@ func (s *stdio) close() {
 	if s.console != nil {
 		s.console.Close()
 	}
+}
+
+// maxLastWords bounds what is told of a process that was not to be.
+const maxLastWords = 256
+
+// lastWords is the first line on the stderr of a process that libcontainer could
+// not start. Its first steps have another way for their errors; but when Go's
+// runtime ends them, which too small a limit of pids makes it do, it says why
+// there, and libcontainer knows only that they were not ready.
+func (s *stdio) lastWords() string {
+	if s.err == nil {
+		return ""
+	}
+	conn, err := s.err.file.SyscallConn()
+	if err != nil {
+		return ""
+	}
+	buf, n := make([]byte, maxLastWords), 0
+	_ = conn.Read(func(fd uintptr) bool {
+		n, _ = unix.Read(int(fd), buf) // does not block
+		return true
+	})
+	line, _, _ := strings.Cut(string(buf[:max(n, 0)]), "\n")
+	if line == "" {
+		return ""
+	}
+	return fmt.Sprintf("; its last words: %q", line)
 }
 
 func socketPair() (a, b *os.File, err error) {

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 func TestProgram(t *testing.T) {
@@ -45,7 +47,7 @@ func start(t *testing.T, attr *syscall.SysProcAttr) *exec.Cmd {
 	t.Helper()
 	b, err := program(runtime.GOARCH, "pause-test")
 	if err != nil {
-		t.Skip(err)
+		need.Missing(t, "%v", err)
 	}
 	path := filepath.Join(t.TempDir(), "program")
 	if err := os.WriteFile(path, b, 0o700); err != nil {
@@ -80,9 +82,7 @@ func TestEndsBySignal(t *testing.T) {
 // TestReaps has it as the first process of a pid namespace, in which an orphan
 // ends.
 func TestReaps(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root: run as root")
-	}
+	need.Root(t)
 	first := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID})
 	defer func() {
 		_ = first.Process.Kill()
@@ -97,7 +97,7 @@ func TestReaps(t *testing.T) {
 	for deadline := time.Now().Add(10 * time.Second); ; {
 		b, err := os.ReadFile(children)
 		if err != nil {
-			t.Skip(err) // a kernel without CONFIG_PROC_CHILDREN
+			need.Missing(t, "%v", err) // a kernel without CONFIG_PROC_CHILDREN
 		}
 		if len(b) == 0 {
 			return

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 	"github.com/vmshim/vmshim/pkg/vsock"
@@ -42,12 +43,8 @@ func Need(tb testing.TB, things ...Thing) {
 		tb.Skip("boots a machine")
 	}
 	for _, has := range things {
-		switch err := has(); {
-		case err == nil:
-		case os.Getenv("VMSHIM_REQUIRE") == "1":
-			tb.Fatalf("required: %v", err)
-		default:
-			tb.Skip(err)
+		if err := has(); err != nil {
+			need.Missing(tb, "%v", err)
 		}
 	}
 }

@@ -12,6 +12,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // A pod is a throw-away namespace, with links in it, and another one at the
@@ -24,9 +26,7 @@ type pod struct {
 
 func testNamespace(t *testing.T) *Namespace {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: run as root")
-	}
+	need.Root(t)
 	n, err := newNamespace()
 	if err != nil {
 		t.Fatal(err)

@@ -13,13 +13,14 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
 // testAnchor starts one whose root has a file of the given name.
 func testAnchor(t *testing.T, plan anchorPlan) (*anchor, error) {
 	t.Helper()
-	needRoot(t)
+	need.Root(t)
 	if plan.Root == "" {
 		plan.Root = t.TempDir()
 	}

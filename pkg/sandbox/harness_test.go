@@ -17,6 +17,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -106,16 +107,9 @@ type env struct {
 	machines []*machine
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: run as root")
-	}
-}
-
 func newEnv(t testing.TB) *env {
 	t.Helper()
-	needRoot(t)
+	need.Root(t)
 	e := &env{t: t, root: filepath.Join(t.TempDir(), "run"), point: func(string) {}, oom: func(string) {}}
 	e.peer = agenttest.Start(t, agenttest.Options{Program: func(ctx context.Context, p *agenttest.Process) int {
 		if e.program != nil {

@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 func TestCgroupPath(t *testing.T) {
@@ -64,9 +66,9 @@ func TestHostLimits(t *testing.T) {
 
 // TestRootCgroup runs in a process of its own: it moves into the group.
 func TestRootCgroup(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	if cgroupVersion() == 0 {
-		t.Skip("needs control groups: mount them on /sys/fs/cgroup")
+		need.Missing(t, "needs control groups: mount them on /sys/fs/cgroup")
 	}
 	const inner = "VMSHIM_TEST_CGROUP"
 	if os.Getenv(inner) == "" {
@@ -133,15 +135,15 @@ func TestRootCgroup(t *testing.T) {
 
 // TestRootCgroupUnified clones a process into a group of version 2.
 func TestRootCgroupUnified(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	root := cgroupRoot
 	if cgroupVersion() != 2 {
 		if root = filepath.Join(cgroupRoot, "unified"); cgroupVersion() == 0 {
-			t.Skip("needs control groups: mount them on /sys/fs/cgroup")
+			need.Missing(t, "needs control groups: mount them on /sys/fs/cgroup")
 		}
 	}
 	if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
-		t.Skip("needs a cgroup2 mount: mount one on /sys/fs/cgroup/unified")
+		need.Missing(t, "needs a cgroup2 mount: mount one on /sys/fs/cgroup/unified")
 	}
 	name := fmt.Sprintf("/vmshim-test2-%d", os.Getpid())
 	g, err := makeUnified(root, name, &specs.LinuxResources{})

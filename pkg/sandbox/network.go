@@ -410,15 +410,32 @@ func (n *podNetwork) tellInterface(ctx context.Context, c *card) error {
 	defer cancel()
 	want := proto.CloneOf(c.Interface)
 	want.DevicePath = c.path
-	for {
+	err := untilFound(ctx, func() error {
 		_, err := n.s.agent.UpdateInterface(ctx, want)
-		switch {
-		case err == nil:
-			return nil
-		case !errdefs.IsNotFound(err) || ctx.Err() != nil:
-			return n.s.because(err)
+		return err
+	})
+	if err != nil {
+		return n.s.because(err)
+	}
+	return nil
+}
+
+// Our agent waits for a device before it says that there is none; another may
+// say so at once.
+const minSearch, maxSearch = 10 * time.Millisecond, time.Second
+
+// untilFound asks again while the guest does not find what is asked for.
+func untilFound(ctx context.Context, ask func() error) error {
+	for pause := minSearch; ; pause = min(2*pause, maxSearch) {
+		err := ask()
+		if !errdefs.IsNotFound(err) {
+			return err
 		}
-		// The agent waited for it, and goes on waiting.
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return err
+		}
 	}
 }
 

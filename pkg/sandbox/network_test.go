@@ -3,10 +3,12 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
@@ -31,7 +34,7 @@ type pod struct {
 
 func newPod(t *testing.T) *pod {
 	t.Helper()
-	needRoot(t)
+	need.Root(t)
 	p := &pod{t: t, path: t.TempDir() + "/ns"}
 	p.must(os.WriteFile(p.path, nil, 0o600))
 	p.must(thread.Run(p.make))
@@ -217,4 +220,33 @@ func TestRootNetworkFails(t *testing.T) {
 	fails(t, err, nil, "somebody else")
 	p.must(p.QdiscDel(foreign)) // it is there
 	p.clean()
+}
+
+// A guest that says at once that there is no card is asked again, but not all
+// the time, and no longer than the caller waits.
+func TestUntilFound(t *testing.T) {
+	missing := fmt.Errorf("interface: %w", errdefs.ErrNotFound)
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), cardTimeout)
+		defer cancel()
+		asked, began := 0, time.Now()
+		err := untilFound(ctx, func() error { asked++; return missing })
+		if !errdefs.IsNotFound(err) || time.Since(began) != cardTimeout || asked < 30 || asked > 60 {
+			t.Errorf("%v after %v and %d calls", err, time.Since(began), asked)
+		}
+		began = time.Now()
+		left := 3
+		err = untilFound(t.Context(), func() error {
+			if left--; left > 0 {
+				return missing
+			}
+			return nil
+		})
+		if err != nil || time.Since(began) > 100*time.Millisecond {
+			t.Errorf("%v after %v", err, time.Since(began))
+		}
+		if err := untilFound(t.Context(), func() error { return errdefs.ErrUnavailable }); !errdefs.IsUnavailable(err) {
+			t.Errorf("another error: %v", err)
+		}
+	})
 }

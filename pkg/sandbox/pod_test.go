@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/storage"
@@ -225,7 +226,7 @@ func TestShmSize(t *testing.T) {
 			}
 		})
 	}
-	needRoot(t)
+	need.Root(t)
 	dir := t.TempDir()
 	if err := unix.Mount("shm", dir, "tmpfs", 0, "size=3m"); err != nil {
 		t.Fatal(err)
@@ -256,7 +257,7 @@ func (g *growing) ResizeMemory(_ context.Context, mib int) (hypervisor.Memory, e
 func TestFit(t *testing.T) {
 	host := hostCapacity()
 	if host.CPUs < 2 || host.MemoryMiB < 700 {
-		t.Skip("the host is too small")
+		need.Missing(t, "needs two CPUs and 700 MiB of memory: this host has %d and %d", host.CPUs, host.MemoryMiB)
 	}
 	g := &growing{}
 	s, err := New(Options{

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -184,7 +185,7 @@ func TestRootStartAfterCrash(t *testing.T) {
 // TestRootReapOthers spares what is not the sandbox's: its state names a pid that
 // is another process now, and the process that cleans up.
 func TestRootReapOthers(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	dir := filepath.Join(t.TempDir(), "0123456789abcdef")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)

@@ -27,6 +27,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // A bundle is a task as containerd prepares it, and the shim's binary.
@@ -362,9 +364,7 @@ func TestDaemonProcess(t *testing.T) {
 // Where the host hands its mounts on, the daemon has a mount namespace of its
 // own, which sees the host's mounts and keeps its own to itself.
 func TestDaemonMounts(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("makes mount namespaces: run as root")
-	}
+	need.Root(t)
 	b := newBundle(t, "c1", &specs.Spec{})
 	stdin, err := proto.Marshal(b.params())
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/config"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -97,9 +98,7 @@ type env struct {
 // newEnv serves the sandbox "pod" whose processes run a function.
 func newEnv(tb testing.TB, program func(ctx context.Context, p *agenttest.Process) int) *env {
 	tb.Helper()
-	if os.Getuid() != 0 {
-		tb.Skip("makes mounts and namespaces: run as root")
-	}
+	need.Root(tb)
 	tb.Setenv("GORACE", "atexit_sleep_ms=0")
 	dir, err := os.MkdirTemp("", "s") //nolint:usetesting // a short path, for sockets
 	if err != nil {

@@ -14,15 +14,15 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // private runs the calling test again in a mount namespace of its own, and
 // says whether this is that second run.
 func private(t *testing.T) bool {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: run as root")
-	}
+	need.Root(t)
 	const mark = "VMSHIM_TEST_PRIVATE"
 	if os.Getenv(mark) == t.Name() {
 		return true

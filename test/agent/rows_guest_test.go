@@ -15,7 +15,7 @@ import (
 )
 
 var guestRows = []row{
-	{31, "ReseedRNG", "ReseedRandomDev", "kprobes: the kernel mixes the host's bytes into its pool, then makes a new key of it (a kernel without kprobes: an empty seed is refused; not proven: that two clones differ)", proveReseedRNG, with[noReseedRNG]},
+	{31, "ReseedRNG", "ReseedRandomDev", "kprobes: the kernel mixes the host's bytes in, then makes a new key; clones of a snapshot draw the same numbers before the call, others after (a kernel without kprobes: only that an empty seed is refused)", proveReseedRNG, with[noReseedRNG]},
 	{36, "GuestDetails", "GetGuestDetails", "block size and probe file equal sysfs; the agent's process is a child of the first one", proveGuestDetails, with[noGuestDetails]},
 	{37, "SetGuestDateTime", "SetGuestDateTime", "the guest's clock, skewed by an hour before, is within 50 ms of the host's", proveSetGuestDateTime, with[noSetGuestDateTime]},
 	{38, "CopyFile", "CopyFile", "bytes, mode, owner, links in the guest; .. and links out are refused and nothing is there", proveCopyFile, with[noCopyFile]},
@@ -28,17 +28,23 @@ var guestRows = []row{
 
 const tracing = "/sys/kernel/tracing"
 
+// watchReseeds has the guest's kernel say when it mixes bytes into its pool
+// (what is written to /dev/random goes through blake2s_update), and when it
+// makes a new key of that (crng_reseed; drivers/char/random.c).
+const watchReseeds = "mount -t tracefs tracefs " + tracing + " && cd " + tracing +
+	` && echo 'p:rows/mixed blake2s_update first=+0($arg2):x8[8] len=$arg3:u64' > kprobe_events` +
+	` && echo 'p:rows/reseeded crng_reseed' >> kprobe_events && echo 1 > events/rows/enable`
+
+const unwatchReseeds = "cd " + tracing + " && echo 0 > events/rows/enable && echo > kprobe_events && echo > trace; cd / && umount " + tracing
+
 func proveReseedRNG(e *env) {
 	if e.look("grep tracefs /proc/filesystems; true") == "" { // the tuned kernel
 		e.is("nothing to seed with", e.ReseedRNG(e.ctx, nil), errdefs.ErrInvalidArgument)
 		return
 	}
-	e.look("mount -t tracefs tracefs " + tracing)
-	e.undo.Add(e.guestDo("umount " + tracing))
-	// drivers/char/random.c: what is written to /dev/random goes through
-	// blake2s_update into the pool; crng_reseed makes a new key of the pool.
-	e.look("cd " + tracing + ` && echo 'p:rows/mixed blake2s_update first=+0($arg2):x8[8] len=$arg3:u64' > kprobe_events && echo 'p:rows/reseeded crng_reseed' >> kprobe_events && echo 1 > events/rows/enable`)
-	e.undo.Add(e.guestDo("cd " + tracing + " && echo 0 > events/rows/enable && echo > kprobe_events && echo > trace"))
+	e.reseedClones()
+	e.undo.Add(e.guestDo(unwatchReseeds))
+	e.look(watchReseeds)
 	seed := []byte("\x11\x22\x33\x44\x55\x66\x77\x88" + fmt.Sprint(time.Now().UnixNano()))
 	e.ok(e.ReseedRNG(e.ctx, seed))
 	trace := e.look("cat " + tracing + "/trace")

@@ -40,6 +40,8 @@ type guest struct {
 	client *agent.Client
 	agent  string // the process of the agent in the guest's /proc
 	cpus   int    // that it has
+
+	snapshot string // file of a guest to clone; made when first wanted
 }
 
 // bootGuest starts a machine with a client of its agent, and no sandbox yet.
@@ -91,6 +93,11 @@ func (g *guest) observe(t *testing.T) {
 	ctx, id := vmtest.Context(t), "observer"
 	root := g.rootfs(t, id)
 	copyFile(t, observer(t), filepath.Join(root, "bin", "observer"))
+	if g.VM == nil { // a clone, which has no share
+		if err := g.client.CopyFile(ctx, filepath.Dir(root), shareDir+"/"+id); err != nil {
+			t.Fatal(err)
+		}
+	}
 	req := container(id, "/bin/observer", strconv.Itoa(observerPort))
 	req.OCI.Mounts = append(req.OCI.Mounts, &protocol.Mount{Destination: "/guest/proc", Source: "/proc", Type: "bind", Options: []string{"rbind"}})
 	req.OCI.Process.Capabilities = everything()

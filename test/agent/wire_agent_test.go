@@ -11,6 +11,7 @@ import (
 	"time"
 
 	guestagent "github.com/vmshim/vmshim/internal/guest"
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/test/agent/plain"
 )
 
@@ -48,9 +49,7 @@ func (h wireHost) on(t *testing.T) wireHost { return wireHost{h.Client, t} }
 
 // The agent as a process of the host: what needs no container.
 func TestWireAgent(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	dir := t.TempDir()
 	root, path := filepath.Join(dir, "root"), filepath.Join(dir, "a")
 	ready, done := make(chan struct{}), make(chan error, 1)

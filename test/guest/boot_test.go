@@ -6,7 +6,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/vmshim/vmshim/internal/vmtest"
+	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -89,14 +92,28 @@ func TestVMPowerButton(t *testing.T) {
 	mustHave(t, g.Machine, "power button pressed", "reboot: Power down")
 }
 
-// Without its agent a guest is of no use: it says so and ends.
+// Without its agent a guest is of no use: it says so and ends, and what it was
+// asked ends.
 func TestVMAgentKilled(t *testing.T) {
 	g := boot(t)
+	c := agent.New(agent.Settings{Dial: g.Dial})
+	t.Cleanup(func() { _ = c.Disconnect() })
+	ctx, ends := vmtest.Context(t), make(chan error)
+	if err := c.Check(ctx); err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, err := c.WaitProcess(ctx, "probe", ""); ends <- err }()
+	go func() { _, err := c.OOMEvent(ctx); ends <- err }()
 	g.start("echo i >/guest/proc/sysrq-trigger") // SIGKILL for all but the first process
 	select {
 	case <-g.Done():
 	case <-time.After(vmtest.Timeout):
 		t.Fatal("the guest goes on")
+	}
+	for range 2 {
+		if err := <-ends; !errdefs.IsUnavailable(err) {
+			t.Errorf("a call ends with %v", err)
+		}
 	}
 	mustHave(t, g.Machine, "agent ended by signal: killed", "reboot: Power down")
 }

@@ -193,6 +193,24 @@ func testErrors(t *testing.T, m *machine) {
 	m.startContainer("bad")
 	_, err = m.agent.ExecProcess(m.ctx(), &protocol.ExecProcessRequest{ContainerId: "bad", ExecId: "e", Process: process("nothing")})
 	wantText("exec of a missing command", err, "executable file not found")
+	// Nor does an exec that the limit of pids ends, at whatever step.
+	limit := func(pids int64) {
+		_, err := m.agent.UpdateContainer(m.ctx(), &protocol.UpdateContainerRequest{
+			ContainerId: "bad", Resources: &protocol.LinuxResources{Pids: &protocol.LinuxPids{Limit: pids}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pids := int64(1); pids < 4; pids++ {
+		limit(pids)
+		_, err = m.agent.ExecProcess(m.ctx(), &protocol.ExecProcessRequest{ContainerId: "bad", ExecId: "e", Process: process("/bin/sleep", "1000")})
+		wantText("exec beyond the limit of pids", err, "Resource temporarily unavailable")
+	}
+	limit(-1)
+	if got := m.inContainer("bad", "/bin/cat", "/sys/fs/cgroup/pids.current"); got != "2" { // with cat
+		t.Errorf("%s processes count", got)
+	}
 	if out, status := m.exec("bad", "e", nil, "/bin/echo", "fine"); out != "fine\n" || status != 0 {
 		t.Errorf("got %q, %d", out, status)
 	}

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -18,11 +19,9 @@ import (
 func TestQEMUAcceptsArgs(t *testing.T) {
 	path, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil || runtime.GOARCH != "amd64" {
-		skip(t, "needs qemu-system-x86_64 (package qemu-system-x86)")
+		need.Missing(t, "needs qemu-system-x86_64 (package qemu-system-x86)")
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	cases := []struct {
 		name   string
 		change func(*hypervisor.Spec)
@@ -54,9 +53,7 @@ func TestQEMUAcceptsArgsARM64(t *testing.T) {
 	if err != nil || runtime.GOARCH == "arm64" {
 		t.Skip("needs qemu-system-aarch64 (package qemu-system-arm) on another host")
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	cfg := Config{Path: path, Accelerator: TCG, Vsock: VsockVhostUser, VhostDeviceVsock: vhostDeviceVsock(), UIDBase: 2000000000}
 	host := &Host{Arch: "arm64"}
 	p := prober{cfg: cfg, host: host, root: "/", learned: openCache("")}
@@ -73,15 +70,13 @@ func TestQEMUAcceptsArgsARM64(t *testing.T) {
 func TestQEMUAcceptsPlug(t *testing.T) {
 	path, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil || runtime.GOARCH != "amd64" {
-		skip(t, "needs qemu-system-x86_64 (package qemu-system-x86)")
+		need.Missing(t, "needs qemu-system-x86_64 (package qemu-system-x86)")
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	cfg := Config{Path: path, VhostDeviceVsock: vhostDeviceVsock(), UIDBase: 2000000000}
 	host, err := Probe(t.Context(), cfg)
 	if err != nil {
-		skip(t, err.Error())
+		need.Missing(t, "%v", err)
 	}
 	s, opts := fakeMachine(t, behaviour{})
 	s.Kernel, s.Initrd, s.Shares = bzImage(t), bzImage(t), nil
@@ -143,7 +138,7 @@ func accept(t *testing.T, cfg Config, host *Host, change func(*hypervisor.Spec))
 	s.Kernel, s.Initrd, s.Shares = bzImage(t), bzImage(t), nil
 	change(&s)
 	if len(s.Shares) > 0 && host.Virtiofsd == "" {
-		skip(t, "needs virtiofsd (package qemu-system-common or virtiofsd)")
+		need.Missing(t, "needs virtiofsd (package qemu-system-common or virtiofsd)")
 	}
 	opts.Config, opts.Host, opts.Env, opts.extra = cfg, host, nil, []string{"-S"}
 	vm, err := Start(within(t), s, opts)
@@ -222,15 +217,6 @@ func vhostDeviceVsock() string {
 		return ""
 	}
 	return filepath.Join(cache, "vmshim/vhost-device-vsock/vhost-device-vsock")
-}
-
-// skip is a failure where nothing may be missing.
-func skip(t *testing.T, reason string) {
-	t.Helper()
-	if os.Getenv("VMSHIM_REQUIRE") == "1" {
-		t.Fatal(reason)
-	}
-	t.Skip(reason)
 }
 
 // The start path pays for QEMU alone: what is ours takes a moment.

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp"
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu/qmp/qmptest"
@@ -137,7 +138,7 @@ func TestPlugBlockDevice(t *testing.T) {
 	var s hypervisor.Spec
 	withBlockDevice(t)(&s)
 	if s.Disks == nil {
-		t.Skip("no loop devices")
+		need.Missing(t, "needs a loop device")
 	}
 	vm := scripted(t, diskSet, qmptest.TakeFile(func(f *os.File) {
 		if info, err := f.Stat(); err != nil || info.Mode()&os.ModeDevice == 0 {

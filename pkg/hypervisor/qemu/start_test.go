@@ -19,6 +19,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/vmshim/vmshim/internal/need"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -388,9 +389,7 @@ func TestDeathEndsDial(t *testing.T) {
 }
 
 func TestQEMURunsAsNobody(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	vm := startFake(t, behaviour{})
 	want := fmt.Sprintf("%d", 2000000000+os.Getpid())
 	for _, p := range vm.Processes() {
@@ -430,9 +429,7 @@ func TestQEMURunsAsNobody(t *testing.T) {
 // Every process is born in the control group: memory that it takes before it
 // could be moved would stay with its parent's.
 func TestBornInCgroup(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	root := ""
 	for _, path := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
 		if _, err := os.Stat(filepath.Join(path, "cgroup.controllers")); err == nil {
@@ -440,12 +437,12 @@ func TestBornInCgroup(t *testing.T) {
 		}
 	}
 	if root == "" {
-		t.Skip("needs cgroup v2, mounted")
+		need.Missing(t, "needs cgroup v2, mounted")
 	}
 	name := fmt.Sprintf("vmshim-test-%d", os.Getpid())
 	dir := filepath.Join(root, name)
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Skip(err)
+		need.Missing(t, "%v", err)
 	}
 	t.Cleanup(func() {
 		if err := os.Remove(dir); err != nil {

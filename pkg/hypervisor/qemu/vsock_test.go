@@ -8,13 +8,15 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/need"
 )
 
 // TestKVMContextIDs has many machines ask for a context id at once, with few to
 // choose from, so that they clash; all are free afterwards.
 func TestKVMContextIDs(t *testing.T) {
 	if _, err := os.Stat("/dev/vhost-vsock"); err != nil {
-		skip(t, "needs /dev/vhost-vsock (module vhost_vsock)")
+		need.Missing(t, "needs /dev/vhost-vsock (module vhost_vsock)")
 	}
 	const machines = 50
 	first := randomCID()
