@@ -100,6 +100,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 	}
 	defer func() { err = errors.Join(err, d.Stop()) }()
 	r := &rig{Daemon: d, local: local, runs: runs}
+	defer func() { err = errors.Join(err, r.clear()) }()
 	res := &results{Host: r.host(ctx)}
 	r.target = targets[res.Host["kind"]]
 	for _, part := range []struct {
@@ -125,6 +126,25 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		}
 	}
 	return res, nil
+}
+
+// clear removes the containers that a part which failed, or was interrupted, has
+// left.
+func (r *rig) clear() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	ids, err := r.Ctr(ctx, "container", "list", "--quiet").Output()
+	if err != nil {
+		return fmt.Errorf("list containers: %w", err)
+	}
+	var errs []error
+	for _, id := range strings.Fields(string(ids)) {
+		_ = r.Ctr(ctx, "task", "delete", "--force", id).Run() // it may have none
+		if out, err := r.Ctr(ctx, "container", "delete", id).CombinedOutput(); err != nil {
+			errs = append(errs, fmt.Errorf("delete container %q: %w: %s", id, err, out))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func writeJSON(path string, v any) error {
