@@ -171,7 +171,10 @@ func (h *host) lan() *lan {
 }
 
 // payloadLines are 64 MiB.
-const payloadLines = 8_400_000
+var payloadLines = 8_400_000
+
+// moveMore has the payload be 1 GiB, and waits longer.
+func moveMore() { payloadLines, patience = 119_000_000, 5*patience }
 
 // payload is what "seq 1 payloadLines" prints: no two pages of it are the same.
 func payload() io.Reader {
