@@ -135,7 +135,7 @@ fuzz: ## every fuzz test for FUZZTIME (30s)
 	@hack/fuzz $(FUZZTIME)
 
 .PHONY: bench
-bench: all containerds ## start, exec, stdio and memory, as ratios: _output/bench.json
+bench: all containerds ## start, exec, stdio, memory, pods and networks, as ratios: _output/bench.json
 	CGO_ENABLED=0 go run ./test/bench -json $(OUT)/bench.json
 
 .PHONY: demo

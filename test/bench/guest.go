@@ -25,6 +25,7 @@ const (
 const (
 	actSource = "source" // writes the volume to stdout
 	actSink   = "sink"   // reads stdin to its end and says how much it was
+	actNet    = "net"    // connects to an address and does what it is told there
 	actRaw    = "raw"    // serves raw vsock connections: 'r' is answered by the volume, 'w' is followed by it
 )
 
@@ -41,6 +42,8 @@ func guestMain(args []string) int {
 		if n, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{os.Stdin}, make([]byte, 64<<10)); err == nil {
 			_, err = fmt.Println(strconv.FormatInt(n, 10))
 		}
+	case actNet:
+		err = obey(args[1])
 	case actRaw:
 		err = serveRaw()
 	}

@@ -143,27 +143,40 @@ func (r *rig) qemu(cfg config.Config) qemu.Config {
 // that took: as the shim's time line has it (machines only), and as ctr's user
 // sees it.
 func (r *rig) firstByte(ctx context.Context, runtime string) (line []sandbox.Phase, outer time.Duration, err error) {
+	outer, err = r.firstWord(ctx, runtime, func(id string) (err error) {
+		if runtime == machineRuntime {
+			line, err = r.timeline(ctx, id)
+		}
+		return err
+	})
+	return line, outer, err
+}
+
+// firstWord is firstByte as ctr's user sees it; while the container stays, then is
+// called.
+func (r *rig) firstWord(ctx context.Context, runtime string, then func(id string) error, flags ...string) (time.Duration, error) {
 	id := r.id()
-	cmd := r.Ctr(ctx, "run", "--rm", "--runtime", runtime, ociimage.Name, id, "sh", "-c", "echo ready; exec sleep 1000")
+	args := append([]string{"run", "--rm", "--runtime", runtime}, flags...)
+	cmd := r.Ctr(ctx, append(args, ociimage.Name, id, "sh", "-c", "echo ready; exec sleep 1000")...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, 0, err
+		return 0, err
 	}
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
-		return nil, 0, err
+		return 0, err
 	}
 	word, err := bufio.NewReader(out).ReadString('\n')
-	outer = time.Since(began)
+	took := time.Since(began)
 	if err == nil && word != "ready\n" {
 		err = fmt.Errorf("first line %q", word)
 	}
-	if err == nil && runtime == machineRuntime {
-		line, err = r.timeline(ctx, id)
+	if err == nil && then != nil {
+		err = then(id)
 	}
 	killed := r.Ctr(ctx, "task", "kill", "--signal", "SIGKILL", id).Run()
 	_ = cmd.Wait() // exit code 137
-	return line, outer, errors.Join(err, killed)
+	return took, errors.Join(err, killed)
 }
 
 // timeline reads from a sandbox's state how its start went. The first output is
@@ -191,6 +204,9 @@ func (r *rig) state(id string) (*sandbox.State, error) {
 	return sandbox.ReadState(sandbox.Dir(r.local.StateDir(), r.Address(), "default", id))
 }
 
-func (r *rig) id() string {
-	return fmt.Sprintf("bench-%d-%d", os.Getpid(), r.ids.Add(1))
-}
+func (r *rig) id() string { return idOf(r.ids.Add(1)) }
+
+// next is what id will say.
+func (r *rig) next() string { return idOf(r.ids.Load() + 1) }
+
+func idOf(n int64) string { return fmt.Sprintf("bench-%d-%d", os.Getpid(), n) }
