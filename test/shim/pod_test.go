@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -28,10 +29,12 @@ func (t *tasks) annotate(kind, sandbox string) *tasks {
 }
 
 // The containers of a pod share a machine and a shim; each comes and goes by
-// itself, and the pod's own takes the machine with it.
+// itself, and the pod's own takes the machine with it. Of the pod's network they
+// have nothing, as configured.
 func TestShimPod(t *testing.T) {
-	h := newHost(t)
-	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").run()
+	h := newHost(t, "network = { model = 'none' }")
+	p := h.lan().pod("a", 2)
+	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").joins(p).run()
 	a := h.bundle("a", "sh", "-c", "exit 6").annotate("container", "pod").run()
 	if a.address != pod.address {
 		t.Errorf("address of a member %q, want the pod's %q", a.address, pod.address)
@@ -44,6 +47,9 @@ func TestShimPod(t *testing.T) {
 	a.delete() // and the delete command beside a shim that lives on
 	b.wantStatus(task.Status_RUNNING)
 	pod.wantStatus(task.Status_RUNNING)
+	if out := b.sh("ip -o link"); strings.Count(out, "\n") != 1 || !strings.Contains(out, "lo:") {
+		t.Errorf("interfaces without a network: %s", out)
+	}
 	if text, err := os.ReadFile(filepath.Join(b.bundle, "address")); err != nil || string(text) != pod.address {
 		t.Errorf("address in the bundle of a member: %q, %v", text, err)
 	}
@@ -64,6 +70,7 @@ func TestShimPod(t *testing.T) {
 	b.end()
 	c.end()
 	pod.end()
+	p.clean(h)
 	h.sink.wantNoMore(t)
 }
 
