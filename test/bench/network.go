@@ -102,7 +102,7 @@ func report(res *results, tap, pod, veth *pair) {
 		of := m.tap
 		of.Name, of.Value, of.Unit, of.Against = base(pod), m.value(pod), m.unit, base(tap)
 		res.add(of)
-		res.add(result{Name: base(pod) + " again", Value: m.value(pod), Unit: m.unit, Against: base(veth)})
+		res.add(result{Name: base(pod) + ", beside runc's", Value: m.value(pod), Unit: m.unit, Against: base(veth)})
 	}
 }
 
