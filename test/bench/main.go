@@ -138,7 +138,7 @@ func (r *rig) clear() error {
 		return fmt.Errorf("list containers: %w", err)
 	}
 	var errs []error
-	for _, id := range strings.Fields(string(ids)) {
+	for id := range strings.FieldsSeq(string(ids)) {
 		_ = r.Ctr(ctx, "task", "delete", "--force", id).Run() // it may have none
 		if out, err := r.Ctr(ctx, "container", "delete", id).CombinedOutput(); err != nil {
 			errs = append(errs, fmt.Errorf("delete container %q: %w: %s", id, err, out))
