@@ -120,6 +120,16 @@ func guestDir() string {
 	return filepath.Join(dir, "_output", "guest")
 }
 
+// TunedGuest is where the image with a kernel of our own is (make kernel), beside
+// the other; empty: it was not built.
+func TunedGuest() string {
+	dir := filepath.Join(filepath.Dir(guestDir()), "guest-tuned")
+	if _, err := os.Stat(filepath.Join(dir, "vmlinux")); err != nil {
+		return ""
+	}
+	return dir
+}
+
 // Spec describes the machine of a test: the default of the product, with one
 // share.
 func Spec(tb testing.TB) hypervisor.Spec {

@@ -95,7 +95,7 @@ func (c *clone) path(name string) string { return filepath.Join(c.dir, name) }
 // ended before.
 func (c *clone) run(e *env, program string, args ...string) (running func()) {
 	var said strings.Builder
-	cmd := exec.Command(program, args...) //nolint:noctx // ended by undo
+	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = &said, &said
 	e.ok(cmd.Start())
 	ended := make(chan struct{})
