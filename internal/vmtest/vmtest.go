@@ -173,11 +173,11 @@ type Machine struct {
 
 // Timeout bounds waits for a guest: generous, because a machine that is shared
 // and emulates may take its time.
-var Timeout = 90 * time.Second * time.Duration(patience())
+var Timeout = 90 * time.Second * time.Duration(Patience())
 
-// patience is how many times longer everything takes: kvmhost says so where the
+// Patience is how many times longer everything takes: kvmhost says so where the
 // host of the machines is emulated, too.
-func patience() int {
+func Patience() int {
 	n, err := strconv.Atoi(os.Getenv("VMSHIM_PATIENCE"))
 	if err != nil || n < 1 {
 		return 1

@@ -189,7 +189,7 @@ func (e *env) snapshot() string {
 	c.script(e, watchReseeds)
 	e.until("the generator is seeded", func() bool {
 		at, _ := strconv.Atoi(c.script(e, `sed -n 's/.* \([0-9]*\)\.[0-9]*: reseeded:.*/\1/p' `+tracing+`/trace | tail -n 1`))
-		return at >= settled
+		return at >= settled*vmtest.Patience()
 	})
 	c.script(e, "echo > "+tracing+"/trace")
 	file := filepath.Join(e.t.TempDir(), "snapshot")
