@@ -132,8 +132,9 @@ func withoutReady(params string) string {
 	}), " ")
 }
 
-// goOn lets the guest run, with a vsock, until it answers.
-func (c *clone) goOn(e *env, ask func(context.Context) error) {
+// goOn lets the guest run, with a vsock, until it answers. Rarely one never does:
+// vhost-device-vsock was seen to lose the thread that serves a guest (.ci/run).
+func (c *clone) goOn(e *env, ask func(context.Context) error) bool {
 	e.until("the snapshot is read", func() bool {
 		var state struct{ Status string }
 		e.ok(c.qmp.Execute(e.ctx, "query-status", nil, &state))
@@ -141,11 +142,24 @@ func (c *clone) goOn(e *env, ask func(context.Context) error) {
 	})
 	e.ok(c.qmp.Execute(e.ctx, "device_add", c.vsock, nil))
 	e.ok(c.qmp.Execute(e.ctx, "cont", nil, nil))
-	e.until("the guest answers", func() bool {
-		ctx, cancel := context.WithTimeout(e.ctx, time.Second)
-		defer cancel()
-		return ask(ctx) == nil
-	})
+	late := time.After(25 * time.Second * time.Duration(vmtest.Patience()))
+	for {
+		ctx, cancel := context.WithTimeout(e.ctx, 3*time.Second)
+		err := ask(ctx)
+		cancel()
+		if err == nil {
+			return true
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-late:
+			e.t.Logf("a clone does not answer: %v", err)
+			e.ok(c.undo.Run())
+			return false
+		case <-e.ctx.Done():
+			e.fail("a clone does not answer: %w", err)
+		}
+	}
 }
 
 // freeze takes the vsock away and writes the machine to a file.
@@ -180,10 +194,12 @@ func (c *clone) script(e *env, script string) string {
 const settled = 8
 
 // snapshot is the file of a guest that has an observer and says when its
-// generator is seeded.
+// generator is seeded; empty: there is none this time.
 func (e *env) snapshot() string {
 	c := e.startClone("")
-	c.goOn(e, c.client.Check)
+	if !c.goOn(e, c.client.Check) {
+		return ""
+	}
 	e.ok(c.client.StartSandbox(e.ctx, agent.Sandbox{Request: &protocol.CreateSandboxRequest{Hostname: "clone", SandboxId: "clone"}}))
 	c.observe(e.t)
 	c.script(e, watchReseeds)
@@ -227,10 +243,13 @@ func (d draw) common(other draw) (n int) {
 }
 
 // reseedClone goes on from a snapshot and calls ReseedRNG, and gives what the
-// generator gave before and after. Alone: the kernel did not seed by itself.
+// generator gave before and after. Alone: the clone answered, and its kernel did
+// not seed by itself.
 func (e *env) reseedClone(snapshot string, seed []byte) (before, after draw, alone bool) {
 	c := e.startClone(snapshot)
-	c.goOn(e, func(ctx context.Context) error { _, err := c.look(ctx, "true"); return err })
+	if !c.goOn(e, func(ctx context.Context) error { _, err := c.look(ctx, "true"); return err }) {
+		return nil, nil, false
+	}
 	before = c.draw(e)
 	e.ok(e.wrap(c.client).ReseedRNG(e.ctx, seed))
 	after = c.draw(e)
@@ -244,7 +263,9 @@ func (e *env) reseedClone(snapshot string, seed []byte) (before, after draw, alo
 func (e *env) reseedClones() {
 	for range 3 {
 		if e.guest.snapshot == "" {
-			e.guest.snapshot = e.snapshot()
+			if e.guest.snapshot = e.snapshot(); e.guest.snapshot == "" {
+				continue
+			}
 		}
 		before, after, alone := e.reseedClone(e.guest.snapshot, []byte("of one clone"))
 		other, otherAfter, otherAlone := e.reseedClone(e.guest.snapshot, []byte("of the other"))
@@ -258,5 +279,5 @@ func (e *env) reseedClones() {
 		e.equal("numbers in common after the call", after.common(otherAfter), 0)
 		return
 	}
-	e.fail("the kernel seeds its generator by itself all the time")
+	e.fail("no pair of clones whose kernels answer, and seed by the call alone")
 }
