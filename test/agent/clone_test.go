@@ -142,6 +142,14 @@ func (c *clone) goOn(e *env, ask func(context.Context) error) bool {
 	})
 	e.ok(c.qmp.Execute(e.ctx, "device_add", c.vsock, nil))
 	e.ok(c.qmp.Execute(e.ctx, "cont", nil, nil))
+	// vhost-device-vsock does not survive a connection for a guest that has no driver yet.
+	e.until("the guest has its vsock", func() bool {
+		var device struct {
+			Status struct{ Statuses []string }
+		}
+		e.ok(c.qmp.Execute(e.ctx, "x-query-virtio-status", map[string]any{"path": "/machine/peripheral/vsock/virtio-backend"}, &device))
+		return slices.ContainsFunc(device.Status.Statuses, func(s string) bool { return strings.Contains(s, "DRIVER_OK") })
+	})
 	late := time.After(25 * time.Second * time.Duration(vmtest.Patience()))
 	for {
 		ctx, cancel := context.WithTimeout(e.ctx, 3*time.Second)
