@@ -102,7 +102,7 @@ nerdctl: prereqs
 test: all unit vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
 
 .PHONY: vm-test
-vm-test: all kvm-host-image ## tests of the parts in real machines
+vm-test: all kernel-cached kvm-host-image ## tests of the parts in real machines
 	VMSHIM_ROWS=$(abspath $(OUT))/agent-rows.txt $(MACHINES) -run '^TestVM' ./pkg/... ./internal/... ./test/...
 	@cat $(OUT)/agent-rows.txt
 

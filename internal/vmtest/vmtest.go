@@ -120,6 +120,16 @@ func guestDir() string {
 	return filepath.Join(dir, "_output", "guest")
 }
 
+// TunedGuest is where the image with a kernel of our own is (make kernel), beside
+// the other; empty: it was not built.
+func TunedGuest() string {
+	dir := filepath.Join(filepath.Dir(guestDir()), "guest-tuned")
+	if _, err := os.Stat(filepath.Join(dir, "vmlinux")); err != nil {
+		return ""
+	}
+	return dir
+}
+
 // Spec describes the machine of a test: the default of the product, with one
 // share.
 func Spec(tb testing.TB) hypervisor.Spec {
@@ -163,11 +173,11 @@ type Machine struct {
 
 // Timeout bounds waits for a guest: generous, because a machine that is shared
 // and emulates may take its time.
-var Timeout = 90 * time.Second * time.Duration(patience())
+var Timeout = 90 * time.Second * time.Duration(Patience())
 
-// patience is how many times longer everything takes: kvmhost says so where the
+// Patience is how many times longer everything takes: kvmhost says so where the
 // host of the machines is emulated, too.
-func patience() int {
+func Patience() int {
 	n, err := strconv.Atoi(os.Getenv("VMSHIM_PATIENCE"))
 	if err != nil || n < 1 {
 		return 1

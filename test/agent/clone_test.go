@@ -95,7 +95,7 @@ func (c *clone) path(name string) string { return filepath.Join(c.dir, name) }
 // ended before.
 func (c *clone) run(e *env, program string, args ...string) (running func()) {
 	var said strings.Builder
-	cmd := exec.Command(program, args...) //nolint:noctx // ended by undo
+	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = &said, &said
 	e.ok(cmd.Start())
 	ended := make(chan struct{})
@@ -132,8 +132,9 @@ func withoutReady(params string) string {
 	}), " ")
 }
 
-// goOn lets the guest run, with a vsock, until it answers.
-func (c *clone) goOn(e *env, ask func(context.Context) error) {
+// goOn lets the guest run, with a vsock, until it answers. Rarely one never does:
+// vhost-device-vsock was seen to lose the thread that serves a guest (.ci/run).
+func (c *clone) goOn(e *env, ask func(context.Context) error) bool {
 	e.until("the snapshot is read", func() bool {
 		var state struct{ Status string }
 		e.ok(c.qmp.Execute(e.ctx, "query-status", nil, &state))
@@ -141,11 +142,32 @@ func (c *clone) goOn(e *env, ask func(context.Context) error) {
 	})
 	e.ok(c.qmp.Execute(e.ctx, "device_add", c.vsock, nil))
 	e.ok(c.qmp.Execute(e.ctx, "cont", nil, nil))
-	e.until("the guest answers", func() bool {
-		ctx, cancel := context.WithTimeout(e.ctx, time.Second)
-		defer cancel()
-		return ask(ctx) == nil
+	// vhost-device-vsock does not survive a connection for a guest that has no driver yet.
+	e.until("the guest has its vsock", func() bool {
+		var device struct {
+			Status struct{ Statuses []string }
+		}
+		e.ok(c.qmp.Execute(e.ctx, "x-query-virtio-status", map[string]any{"path": "/machine/peripheral/vsock/virtio-backend"}, &device))
+		return slices.ContainsFunc(device.Status.Statuses, func(s string) bool { return strings.Contains(s, "DRIVER_OK") })
 	})
+	late := time.After(25 * time.Second * time.Duration(vmtest.Patience()))
+	for {
+		ctx, cancel := context.WithTimeout(e.ctx, 3*time.Second)
+		err := ask(ctx)
+		cancel()
+		if err == nil {
+			return true
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-late:
+			e.t.Logf("a clone does not answer: %v", err)
+			e.ok(c.undo.Run())
+			return false
+		case <-e.ctx.Done():
+			e.fail("a clone does not answer: %w", err)
+		}
+	}
 }
 
 // freeze takes the vsock away and writes the machine to a file.
@@ -180,16 +202,18 @@ func (c *clone) script(e *env, script string) string {
 const settled = 8
 
 // snapshot is the file of a guest that has an observer and says when its
-// generator is seeded.
+// generator is seeded; empty: there is none this time.
 func (e *env) snapshot() string {
 	c := e.startClone("")
-	c.goOn(e, c.client.Check)
+	if !c.goOn(e, c.client.Check) {
+		return ""
+	}
 	e.ok(c.client.StartSandbox(e.ctx, agent.Sandbox{Request: &protocol.CreateSandboxRequest{Hostname: "clone", SandboxId: "clone"}}))
 	c.observe(e.t)
 	c.script(e, watchReseeds)
 	e.until("the generator is seeded", func() bool {
 		at, _ := strconv.Atoi(c.script(e, `sed -n 's/.* \([0-9]*\)\.[0-9]*: reseeded:.*/\1/p' `+tracing+`/trace | tail -n 1`))
-		return at >= settled
+		return at >= settled*vmtest.Patience()
 	})
 	c.script(e, "echo > "+tracing+"/trace")
 	file := filepath.Join(e.t.TempDir(), "snapshot")
@@ -227,10 +251,13 @@ func (d draw) common(other draw) (n int) {
 }
 
 // reseedClone goes on from a snapshot and calls ReseedRNG, and gives what the
-// generator gave before and after. Alone: the kernel did not seed by itself.
+// generator gave before and after. Alone: the clone answered, and its kernel did
+// not seed by itself.
 func (e *env) reseedClone(snapshot string, seed []byte) (before, after draw, alone bool) {
 	c := e.startClone(snapshot)
-	c.goOn(e, func(ctx context.Context) error { _, err := c.look(ctx, "true"); return err })
+	if !c.goOn(e, func(ctx context.Context) error { _, err := c.look(ctx, "true"); return err }) {
+		return nil, nil, false
+	}
 	before = c.draw(e)
 	e.ok(e.wrap(c.client).ReseedRNG(e.ctx, seed))
 	after = c.draw(e)
@@ -244,7 +271,9 @@ func (e *env) reseedClone(snapshot string, seed []byte) (before, after draw, alo
 func (e *env) reseedClones() {
 	for range 3 {
 		if e.guest.snapshot == "" {
-			e.guest.snapshot = e.snapshot()
+			if e.guest.snapshot = e.snapshot(); e.guest.snapshot == "" {
+				continue
+			}
 		}
 		before, after, alone := e.reseedClone(e.guest.snapshot, []byte("of one clone"))
 		other, otherAfter, otherAlone := e.reseedClone(e.guest.snapshot, []byte("of the other"))
@@ -258,5 +287,5 @@ func (e *env) reseedClones() {
 		e.equal("numbers in common after the call", after.common(otherAfter), 0)
 		return
 	}
-	e.fail("the kernel seeds its generator by itself all the time")
+	e.fail("no pair of clones whose kernels answer, and seed by the call alone")
 }

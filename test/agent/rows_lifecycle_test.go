@@ -47,17 +47,18 @@ func proveInit(e *env) {
 	e.ok(os.WriteFile(disk, nil, 0o600))
 	e.ok(os.Truncate(disk, 16*mib))
 	e.boot(startGuest, func(s *hypervisor.Spec) { s.Disks = []hypervisor.Disk{{ID: "traces", Path: disk}} })
-	_, err := e.Init(e.ctx, e.settings())
+	keep, err := e.Init(e.ctx, e.settings())
 	e.ok(err)
+	e.equal("host waits without tracing", keep, false)
 	tracing := e.settings()
 	tracing.Tracing = true
-	keep, err := e.Init(e.ctx, tracing)
+	keep, err = e.Init(e.ctx, tracing)
 	e.ok(err)
-	e.sees("test -b /dev/vda && echo there", "there")
-	e.look(`mke2fs /dev/vda >/dev/null && mkdir /run/traces && mount -t ext4 /dev/vda /run/traces && sync && echo the last trace > /run/traces/f`)
+	e.sees("mke2fs /dev/vda >/dev/null 2>&1 && echo made", "made") // its node comes before its driver
+	e.look(`mkdir /run/traces && mount -t ext4 /dev/vda /run/traces && sync && echo the last trace > /run/traces/f`)
 	e.ok(e.StopSandbox(e.ctx))
 	if keep {
-		soon(e, "the guest powers off", e.guest.Done())
+		e.powersOff()
 	} else {
 		e.ok(e.guest.Kill())
 	}
@@ -65,6 +66,14 @@ func proveInit(e *env) {
 	e.ok(err)
 	if !bytes.Contains(b, []byte("the last trace\n")) {
 		e.fail("the last trace was not written")
+	}
+}
+
+// powersOff waits until the guest did so, and nobody else.
+func (e *env) powersOff() {
+	soon(e, "the guest powers off", e.guest.Done())
+	if err := e.guest.Err(); err == nil || !strings.Contains(err.Error(), "guest powered off") {
+		e.fail("the machine is gone for another reason: %w", err)
 	}
 }
 
@@ -250,7 +259,7 @@ func proveStopSandbox(e *env) {
 	e.ok(e.guest.client.StartSandbox(e.ctx, agent.Sandbox{Request: plainSandbox()}))
 	e.run("/bin/sleep", "1000")
 	e.ok(e.StopSandbox(e.ctx))
-	soon(e, "the guest powers off", e.guest.Done())
+	e.powersOff()
 }
 
 func proveConfigure(e *env) {

@@ -333,6 +333,19 @@ func (e *env) boot(start func(*testing.T, ...func(*hypervisor.Spec)) *guest, cha
 	e.guest, e.Agent = g, e.wrap(g.client)
 }
 
+// bootTuned starts one with the tuned kernel, where that was built.
+func (e *env) bootTuned(change ...func(*hypervisor.Spec)) bool {
+	dir := vmtest.TunedGuest()
+	if dir == "" {
+		e.t.Log("without the tuned kernel: make kernel")
+		return false
+	}
+	e.boot(startGuest, append(change, func(s *hypervisor.Spec) {
+		s.Kernel, s.Initrd = filepath.Join(dir, "vmlinux"), filepath.Join(dir, "initrd.img")
+	})...)
+	return true
+}
+
 var containers int
 
 // create makes a container with a name of its own, which is removed in the end.

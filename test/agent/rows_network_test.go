@@ -7,13 +7,14 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol/types"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
 var networkRows = []row{
-	{32, "UpdateInterface", "UpdateInterface", "name, MTU, state and addresses of a plugged card in the guest's netlink, found by MAC and by PCI path", proveUpdateInterface, with[noUpdateInterface]},
+	{32, "UpdateInterface", "UpdateInterface", "name, MTU, state, flags and addresses of a plugged card in the guest's netlink, found by MAC and by PCI path", proveUpdateInterface, with[noUpdateInterface]},
 	{33, "ListInterfaces", "ListInterfaces", "equals the guest's netlink", proveListInterfaces, with[noListInterfaces]},
 	{34, "UpdateRoutes", "UpdateRoutes", "routes of both families in the guest's netlink", proveUpdateRoutes, with[noUpdateRoutes]},
 	{35, "ListRoutes", "ListRoutes", "equals the guest's netlink, both families", proveListRoutes, with[noListRoutes]},
@@ -92,7 +93,7 @@ func proveUpdateInterface(e *env) {
 	_, err := e.UpdateInterface(e.ctx, i)
 	e.ok(err)
 	j := byPath.wanted("eth8", "198.51.100.5", "25")
-	j.DevicePath = byPath.path
+	j.DevicePath, j.RawFlags = byPath.path, unix.IFF_NOARP
 	_, err = e.UpdateInterface(e.ctx, j)
 	e.ok(err)
 	link := func(name string) string {
@@ -105,6 +106,7 @@ func proveUpdateInterface(e *env) {
 	e.equal("its addresses", addresses("eth7"), "192.0.2.5/24 2001:db8::5/64")
 	e.equal("link found by PCI path", link("eth8"), "UP 1500 "+byPath.mac)
 	e.equal("its addresses", addresses("eth8"), "198.51.100.5/25")
+	e.equal("those without ARP", e.look("ip -o link | grep NOARP | awk '{print $2}'"), "eth8:")
 	// Again, with another address: it replaces the first.
 	i.IPAddresses = []*types.IPAddress{{Family: types.IPFamily_v4, Address: "192.0.2.6", Mask: "24"}}
 	_, err = e.UpdateInterface(e.ctx, i)
