@@ -23,6 +23,9 @@ func init() {
 		if err == nil {
 			err = checkLastCap()
 		}
+		if err == nil {
+			err = keepTime()
+		}
 		if err != nil {
 			refuse(err)
 		}

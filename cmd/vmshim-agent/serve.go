@@ -21,6 +21,9 @@ func serve(ctx context.Context) error {
 	// (runtime.retake), of which an emulated machine has many: two threads then
 	// pass it to each other, and the watching one never sleeps.
 	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
+	if err := calmMonitor(); err != nil {
+		log.G(ctx).WithError(err).Warn("streams are slower: the runtime's monitor has the kernel's timer slack")
+	}
 	params, err := boot.ReadParams()
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("kernel parameters skipped")

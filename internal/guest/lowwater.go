@@ -20,16 +20,7 @@ type lowWater struct {
 // buffer of 256 KiB it hears of new space 64 KiB before it runs out of it.
 const maxLowWater = 32 << 10
 
-func newLowWater(conn net.Conn) *lowWater {
-	w := &lowWater{mark: 1}
-	if c, ok := conn.(piecewiseConn); ok {
-		conn = c.Conn
-	}
-	if c, ok := conn.(syscall.Conn); ok {
-		w.conn, _ = c.SyscallConn()
-	}
-	return w
-}
+func newLowWater(conn net.Conn) *lowWater { return &lowWater{conn: rawConn(conn), mark: 1} }
 
 // set is a hint: few bytes are not worth a system call, and kernels before 6.1
 // have no mark for a vsock.

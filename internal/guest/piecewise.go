@@ -1,6 +1,9 @@
 package guest
 
-import "net"
+import (
+	"net"
+	"syscall"
+)
 
 // maxPacket is how much the guest's kernel sends in one piece of memory. Of a
 // longer write it makes packets of several, which vhost-device-vsock (0.3) drops
@@ -28,4 +31,17 @@ func (c piecewiseConn) Write(p []byte) (n int, err error) {
 			return n, err
 		}
 	}
+}
+
+// rawConn is the descriptor of a connection or file, or nil.
+func rawConn(c any) syscall.RawConn {
+	if p, ok := c.(piecewiseConn); ok {
+		c = p.Conn
+	}
+	if c, ok := c.(syscall.Conn); ok {
+		if raw, err := c.SyscallConn(); err == nil {
+			return raw
+		}
+	}
+	return nil
 }

@@ -171,7 +171,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 		close(stopped)
 		<-watched
 	}()
-	r := bufio.NewReaderSize(conn, extension.MaxChunk+chunkHead)
+	r := bufio.NewReaderSize(&bulkReader{Conn: conn, patience: patience{rawConn(conn)}}, bulkBuffer)
 	mark := newLowWater(conn)
 	chunks := &extension.ChunkReader{R: r, Expect: func(n int) { mark.set(n - r.Buffered()) }}
 	buf := make([]byte, extension.MaxChunk)
@@ -207,10 +207,12 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		conn.Close()
 		<-left
 	}()
-	buf := make([]byte, 2*maxPacket) // a chunk fills two packets
+	source, sink := patience{rawConn(out.file)}, patience{rawConn(conn)}
+	buf := make([]byte, chunkHead+maxSend)
 	for bulk := false; ; {
 		if bulk {
 			yield()
+			source.wait(unix.POLLIN)
 		}
 		n, err := out.read(ctx, buf[chunkHead:])
 		if errors.Is(err, io.EOF) {
@@ -222,27 +224,37 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		if err != nil {
 			return false
 		}
-		if sent, err := sendChunk(conn, buf[:chunkHead+n]); err != nil {
+		if sent, err := sendChunks(conn, sink, buf[:chunkHead+n]); err != nil {
 			out.unread(buf[chunkHead+sent : chunkHead+n])
 			return false
 		}
-		bulk = n >= bulkRead
+		if bulk = n >= bulkRead; bulk && len(buf) < bulkBuffer {
+			buf = make([]byte, chunkHead+bulkBuffer)
+		}
 	}
 }
 
-// bulkRead is a read after which more is expected at once.
-const bulkRead = 16 << 10
+// maxSend is the bytes of a chunk that fills two packets.
+const maxSend = 2*maxPacket - chunkHead
 
-// yield lets a process on the same CPU fill its pipe first: every switch between
-// it and the agent is dear in an emulated machine.
-func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
-
-// sendChunk fills in the head of a chunk and sends it. It returns how many of the
-// bytes behind the head were sent.
-func sendChunk(conn net.Conn, chunk []byte) (int, error) {
-	binary.BigEndian.PutUint32(chunk, uint32(len(chunk)-chunkHead))
-	n, err := conn.Write(chunk)
-	return max(n-chunkHead, 0), err
+// sendChunks sends the bytes behind the room for a head, and returns how many of
+// them were sent. The head of each further chunk takes the place of bytes that
+// were.
+func sendChunks(conn net.Conn, sink patience, buf []byte) (sent int, err error) {
+	for len(buf) > chunkHead {
+		chunk := buf[:min(len(buf), chunkHead+maxSend)]
+		binary.BigEndian.PutUint32(chunk, uint32(len(chunk)-chunkHead))
+		if len(chunk) > bulkRead {
+			sink.wait(unix.POLLOUT)
+		}
+		n, err := conn.Write(chunk)
+		sent += max(n-chunkHead, 0)
+		if err != nil {
+			return sent, err
+		}
+		buf = buf[len(chunk)-chunkHead:]
+	}
+	return sent, nil
 }
 
 // serveNothing sends the end at once.

@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	copyBuffer = 32 << 10
+	copyBuffer = 64 << 10
 
 	// The bounds of deliver: how long a stream that ought to end may say
 	// nothing, how long a reader may take nothing, and how much may still come

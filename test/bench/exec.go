@@ -45,7 +45,7 @@ func (c *container) execTime(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := drain(p.stdout, 2); err != nil {
+	if err := p.says(ctx, 2); err != nil {
 		return 0, err
 	}
 	t := time.Since(p.began)

@@ -24,7 +24,7 @@ const (
 // What the program does in the guest.
 const (
 	actSource = "source" // writes the volume to stdout
-	actSink   = "sink"   // reads stdin to its end and says how much it was
+	actSink   = "sink"   // says that it runs, reads stdin to its end and says how much it was
 	actNet    = "net"    // connects to an address and does what it is told there
 	actRaw    = "raw"    // serves raw vsock connections: 'r' is answered by the volume, 'w' is followed by it
 )
@@ -38,6 +38,7 @@ func guestMain(args []string) int {
 	case actSource:
 		err = pour(os.Stdout)
 	case actSink:
+		fmt.Println("ready")
 		var n int64
 		if n, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{os.Stdin}, make([]byte, 64<<10)); err == nil {
 			_, err = fmt.Println(strconv.FormatInt(n, 10))

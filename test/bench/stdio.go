@@ -30,7 +30,7 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := drain(server.stdout, len("listening\n")); err != nil {
+	if err := server.says(ctx, len("listening\n")); err != nil {
 		return err
 	}
 	st, err := r.state(c.id)
@@ -114,25 +114,31 @@ func (c *container) stdout(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := drain(p.stdout, 1); err != nil {
+	if err := p.says(ctx, 1); err != nil {
 		return 0, err
 	}
 	began := time.Now()
-	if err := drain(p.stdout, volume-1); err != nil {
+	if err := p.says(ctx, volume-1); err != nil {
 		return 0, err
 	}
 	t := time.Since(began)
 	return t, p.end(ctx)
 }
 
-// stdin is the time until a process has read everything, which it says.
+// stdin is the time from when a process runs until it has read everything, which it says.
 func (c *container) stdin(ctx context.Context) (time.Duration, error) {
 	p, err := c.exec(ctx, "/bench", guestCommand, actSink)
 	if err != nil {
 		return 0, err
 	}
+	if err := p.says(ctx, len("ready\n")); err != nil {
+		return 0, err
+	}
 	began := time.Now()
 	if err := pour(p.stdin); err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) { // the process has ended, or nobody waits for it
+			err = errors.Join(err, p.end(ctx))
+		}
 		return 0, err
 	}
 	if _, err := c.CloseIO(ctx, &task.CloseIORequest{ID: c.id, ExecID: p.id, Stdin: true}); err != nil {

@@ -120,9 +120,9 @@ func testExec(t *testing.T, m *machine) {
 	m.create("exec", nil, "/bin/sleep", "1000")
 	m.startContainer("exec")
 	defer m.remove("exec")
-	out, status := m.exec("exec", "e1", nil, "/bin/sh", "-c", "readlink /proc/1/ns/pid; readlink /proc/self/ns/pid; hostname; cat /proc/self/cgroup; exit 7")
+	out, status := m.exec("exec", "e1", nil, "/bin/sh", "-c", "readlink /proc/1/ns/pid; readlink /proc/self/ns/pid; hostname; cat /proc/self/cgroup; cat /proc/self/timerslack_ns; exit 7")
 	f := strings.Fields(out)
-	if status != 7 || len(f) != 4 || f[0] != f[1] || f[2] != "pod" || f[3] != "0::/" {
+	if status != 7 || len(f) != 5 || f[0] != f[1] || f[2] != "pod" || f[3] != "0::/" || f[4] != "50000" {
 		t.Errorf("got %q, %d", out, status)
 	}
 	// The same exec id again, now that it was waited for.
