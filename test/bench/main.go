@@ -139,10 +139,8 @@ func (r *rig) clear() error {
 	}
 	var errs []error
 	for id := range strings.FieldsSeq(string(ids)) {
-		_ = r.Ctr(ctx, "task", "delete", "--force", id).Run() // it may have none
-		if out, err := r.Ctr(ctx, "container", "delete", id).CombinedOutput(); err != nil {
-			errs = append(errs, fmt.Errorf("delete container %q: %w: %s", id, err, out))
-		}
+		_ = r.do(ctx, "task", "delete", "--force", id) // it may have none
+		errs = append(errs, r.do(ctx, "container", "delete", id))
 	}
 	return errors.Join(errs...)
 }

@@ -56,17 +56,18 @@ func (c *container) remove(ctx context.Context) error {
 }
 
 // discard kills and deletes the container.
-func (c *container) discard(ctx context.Context) (err error) {
-	for _, args := range [][]string{
-		{"task", "delete", "--force", c.id}, {"container", "delete", c.id},
-	} {
-		out, rerr := c.r.Ctr(ctx, args...).CombinedOutput()
-		// Debian's ctr ends with the container's exit code, 137.
-		if rerr != nil && !strings.Contains(rerr.Error(), "137") {
-			err = errors.Join(err, fmt.Errorf("ctr %q: %w: %s", args, rerr, out))
-		}
+func (c *container) discard(ctx context.Context) error {
+	return errors.Join(c.r.do(ctx, "task", "delete", "--force", c.id), c.r.do(ctx, "container", "delete", c.id))
+}
+
+// do runs ctr to delete something.
+func (r *rig) do(ctx context.Context, args ...string) error {
+	out, err := r.Ctr(ctx, args...).CombinedOutput()
+	// Debian's ctr ends with the container's exit code, 137.
+	if err != nil && !strings.Contains(err.Error(), "137") {
+		return fmt.Errorf("ctr %q: %w: %s", args, err, out)
 	}
-	return err
+	return nil
 }
 
 // A process is one that was exec'd, with its streams. When it has ended, reading
