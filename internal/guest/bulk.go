@@ -1,7 +1,11 @@
 package guest
 
 import (
+	"errors"
+	"fmt"
+	"io"
 	"net"
+	"os"
 	"syscall"
 	"time"
 
@@ -9,47 +13,239 @@ import (
 )
 
 const (
-	// bulkRead is a read after which more is expected at once.
+	// bulkRead is a read or write after which more is expected at once.
 	bulkRead = 16 << 10
 	// bulkBuffer is what is read at once then: as much as a pipe holds, and as a
 	// vsock takes in advance.
 	bulkBuffer = 256 << 10
 	// lingerTime bounds how long a thread waits for more of it.
 	lingerTime = 10 * time.Millisecond
+	// maxLingers bounds how often it does in one call.
+	maxLingers = 4
 )
 
-// A patience is how one end of a bulk transfer waits: as a thread in the kernel,
-// for a moment, before Go's scheduler waits for it. Every time that all of the
-// agent's goroutines wait and one goes on, the runtime passes threads around and
-// wakes its monitor: in an emulated machine, where a switch costs 150 µs, that was
-// most of the time of a transfer. What comes in small pieces is never waited for.
-type patience struct{ conn syscall.RawConn } // nil: there is none
+// A patient is a non-blocking file that goroutines wait for in two ways: in bulk
+// first as threads in the kernel, for a moment, and otherwise by Go's scheduler.
+// Every time that all of the agent's goroutines wait and one goes on, the runtime
+// passes threads around and wakes its monitor; and it wakes a thread for whatever
+// happens to a file that it knows, waited for or not. In an emulated machine, where
+// a switch costs 150 µs, that was most of the time of a transfer. So the scheduler
+// knows the file only while a goroutine waits by it.
+type patient struct {
+	file    *os.File        // which Go's scheduler does not know
+	raw     syscall.RawConn // the file's
+	in, out gate
+}
 
-// wait returns when the file is ready for events, or soon.
-func (p patience) wait(events int16) {
-	if p.conn == nil {
-		return
+// newPatient takes the descriptor over.
+func newPatient(fd int, name string) (*patient, error) {
+	// A file that blocks when it is made is none of the scheduler's.
+	_ = unix.SetNonblock(fd, false)
+	p := &patient{file: os.NewFile(uintptr(fd), name)}
+	err := unix.SetNonblock(fd, true)
+	if err == nil {
+		p.raw, err = p.file.SyscallConn()
 	}
-	_ = p.conn.Control(func(fd uintptr) {
-		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: events}}, int(lingerTime/time.Millisecond))
+	if err == nil {
+		p.in, err = newGate(fd, unix.EPOLLIN|unix.EPOLLRDHUP)
+	}
+	if err == nil {
+		p.out, err = newGate(fd, unix.EPOLLOUT)
+	}
+	if err != nil {
+		_ = p.Close()
+		return nil, fmt.Errorf("watch %s: %w", name, err)
+	}
+	return p, nil
+}
+
+// Read implements io.Reader.
+func (p *patient) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	return p.readv([][]byte{b}, false)
+}
+
+// readv reads what is there, or waits for it. In bulk it lingers.
+func (p *patient) readv(room [][]byte, bulk bool) (n int, err error) {
+	err = p.do("read", &p.in, unix.POLLIN, bulk, func(fd int) (bool, error) {
+		n, err = unix.Readv(fd, room)
+		return true, err
 	})
+	if n = max(n, 0); n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// Write implements io.Writer. What is large is bulk.
+func (p *patient) Write(b []byte) (n int, err error) {
+	err = p.do("write", &p.out, unix.POLLOUT, len(b) >= bulkRead, func(fd int) (bool, error) {
+		m, err := syscall.Write(fd, b[n:min(len(b), n+maxPacket)])
+		n += max(m, 0)
+		return n == len(b), err
+	})
+	return n, err
+}
+
+// do calls f until it is done or fails, and waits where it can't go on.
+func (p *patient) do(name string, g *gate, events int16, bulk bool, f func(fd int) (bool, error)) error {
+	for {
+		var done bool
+		var err error
+		closed := p.raw.Control(func(fd uintptr) { done, err = linger(int(fd), events, bulk, f) })
+		switch {
+		case closed != nil:
+			return os.ErrClosed
+		case err != nil:
+			return os.NewSyscallError(name, err)
+		case done:
+			return nil
+		}
+		if err := g.wait(p.raw); err != nil {
+			return err
+		}
+	}
+}
+
+// linger is what do does without the scheduler.
+func linger(fd int, events int16, bulk bool, f func(fd int) (bool, error)) (done bool, err error) {
+	for lingers := 0; ; {
+		done, err = f(fd)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN):
+			if !bulk || lingers == maxLingers || !ready(fd, events) {
+				return false, nil
+			}
+			lingers++
+		case done || err != nil:
+			return true, err
+		}
+	}
+}
+
+// ready says whether the file is ready for events, or was soon.
+func ready(fd int, events int16) bool {
+	n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: events}}, int(lingerTime/time.Millisecond))
+	return n > 0
 }
 
 // yield lets a process on the same CPU fill its pipe first.
 func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
-// A bulkReader reads a connection with patience.
-type bulkReader struct {
-	net.Conn
-	patience patience
-	bulk     bool
+// SetReadDeadline ends waits for input.
+func (p *patient) SetReadDeadline(t time.Time) error { return p.in.epoll.SetDeadline(t) }
+
+// SetWriteDeadline ends waits for output.
+func (p *patient) SetWriteDeadline(t time.Time) error { return p.out.epoll.SetDeadline(t) }
+
+// SetDeadline ends waits.
+func (p *patient) SetDeadline(t time.Time) error {
+	return errors.Join(p.SetReadDeadline(t), p.SetWriteDeadline(t))
 }
 
-func (r *bulkReader) Read(p []byte) (int, error) {
-	if r.bulk {
-		r.patience.wait(unix.POLLIN)
+// SyscallConn implements syscall.Conn.
+func (p *patient) SyscallConn() (syscall.RawConn, error) { return p.file.SyscallConn() }
+
+// Close ends everything.
+func (p *patient) Close() error {
+	return errors.Join(p.in.close(), p.out.close(), p.file.Close())
+}
+
+// A gate is where a goroutine waits for one event of a file by Go's scheduler,
+// which is told of it by way of an epoll instance, and only as long as one waits.
+type gate struct {
+	events uint32
+	epoll  *os.File
+	raw    syscall.RawConn
+}
+
+func newGate(fd int, events uint32) (g gate, err error) {
+	e, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return g, os.NewSyscallError("epoll_create1", err)
 	}
-	n, err := r.Conn.Read(p)
+	_ = unix.SetNonblock(e, true)
+	g.events, g.epoll = events|unix.EPOLLONESHOT, os.NewFile(uintptr(e), "epoll")
+	if err := unix.EpollCtl(e, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT}); err != nil {
+		return g, os.NewSyscallError("epoll_ctl", err)
+	}
+	g.raw, err = g.epoll.SyscallConn()
+	return g, err
+}
+
+// wait returns when the file may be ready, or with os.ErrDeadlineExceeded or
+// os.ErrClosed.
+func (g *gate) wait(file syscall.RawConn) error {
+	armed := false
+	err := g.raw.Read(func(e uintptr) bool {
+		if !armed {
+			armed = true
+			_ = file.Control(func(fd uintptr) {
+				_ = unix.EpollCtl(int(e), unix.EPOLL_CTL_MOD, int(fd), &unix.EpollEvent{Events: g.events})
+			})
+		}
+		n, err := unix.EpollWait(int(e), make([]unix.EpollEvent, 1), 0)
+		return n > 0 || err != nil && !errors.Is(err, unix.EINTR)
+	})
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		err = os.ErrClosed
+	}
+	return err
+}
+
+func (g *gate) close() error {
+	if g.epoll == nil {
+		return nil
+	}
+	return g.epoll.Close()
+}
+
+// A patientConn is a connection as a patient has it.
+type patientConn struct {
+	*patient
+	local, remote net.Addr
+}
+
+// newPatientConn takes the connection over, or closes it.
+func newPatientConn(conn net.Conn) (net.Conn, error) {
+	defer conn.Close()
+	raw := rawConn(conn)
+	if raw == nil {
+		return nil, errors.New("a connection without a descriptor")
+	}
+	var fd int
+	var err error
+	if closed := raw.Control(func(f uintptr) { fd, err = unix.FcntlInt(f, unix.F_DUPFD_CLOEXEC, 0) }); closed != nil {
+		return nil, closed
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("dup", err)
+	}
+	p, err := newPatient(fd, "stream")
+	if err != nil {
+		return nil, err
+	}
+	return patientConn{p, conn.LocalAddr(), conn.RemoteAddr()}, nil
+}
+
+func (c patientConn) LocalAddr() net.Addr  { return c.local }
+func (c patientConn) RemoteAddr() net.Addr { return c.remote }
+
+// A bulkReader reads a connection patiently after a large read.
+type bulkReader struct {
+	net.Conn
+	bulk bool
+}
+
+func (r *bulkReader) Read(b []byte) (n int, err error) {
+	if p, ok := r.Conn.(patientConn); ok {
+		n, err = p.readv([][]byte{b}, r.bulk)
+	} else {
+		n, err = r.Conn.Read(b)
+	}
 	r.bulk = n >= bulkRead
 	return n, err
 }

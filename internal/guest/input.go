@@ -12,14 +12,14 @@ import (
 // that goes away leaves it open for the next one.
 type input struct {
 	writer lock
-	file   *os.File // non-blocking
+	file   *patient
 	tty    bool
 
 	closeOnce sync.Once
 	closed    chan struct{}
 }
 
-func newInput(f *os.File, tty bool) *input {
+func newInput(f *patient, tty bool) *input {
 	return &input{writer: newLock(), file: f, tty: tty, closed: make(chan struct{})}
 }
 

@@ -17,9 +17,9 @@ import (
 // read gives it back.
 type output struct {
 	reader lock
-	file   *os.File // non-blocking
-	rest   []byte   // given back; guarded by reader
-	ended  bool     // read to its end; guarded by reader
+	file   *patient
+	rest   []byte // given back; guarded by reader
+	ended  bool   // read to its end; guarded by reader
 
 	closeOnce sync.Once
 	closed    chan struct{}
@@ -28,24 +28,27 @@ type output struct {
 	claimed bool // somebody reads it, or did; guarded by mu
 }
 
-func newOutput(f *os.File) *output {
+func newOutput(f *patient) *output {
 	return &output{reader: newLock(), file: f, closed: make(chan struct{})}
 }
 
 // read returns io.EOF when all writers have closed and everything was read,
-// os.ErrClosed after close. When ctx ends first, nothing is lost.
-// The caller holds the reader lock.
-func (o *output) read(ctx context.Context, p []byte) (int, error) {
+// os.ErrClosed after close. When ctx ends first, nothing is lost. In bulk is read
+// what is expected at once. The caller holds the reader lock.
+func (o *output) read(ctx context.Context, room [][]byte, bulk bool) (int, error) {
 	if len(o.rest) > 0 {
-		n := copy(p, o.rest)
-		o.rest = o.rest[n:]
+		n := 0
+		for _, b := range room {
+			k := copy(b, o.rest)
+			n, o.rest = n+k, o.rest[k:]
+		}
 		return n, nil
 	}
 	if o.ended {
 		return 0, io.EOF
 	}
 	stop := interruptible(ctx, o.file.SetReadDeadline)
-	n, err := o.file.Read(p)
+	n, err := o.file.readv(room, bulk)
 	stop()
 	switch {
 	case n > 0:

@@ -70,7 +70,7 @@ func newStdio(p *libcontainer.Process, o stdioOptions) (_ *stdio, err error) {
 }
 
 // pipe returns the agent's end, which does not block, and the process' own.
-func (s *stdio) pipe(o stdioOptions, write bool) (ours, theirs *os.File, err error) {
+func (s *stdio) pipe(o stdioOptions, write bool) (ours *patient, theirs *os.File, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
 		return nil, nil, fmt.Errorf("make pipe: %w", err)
@@ -83,10 +83,10 @@ func (s *stdio) pipe(o stdioOptions, write bool) (ours, theirs *os.File, err err
 	if o.uid != 0 || o.gid != 0 {
 		_ = unix.Fchown(our, o.uid, o.gid)
 	}
-	_ = unix.SetNonblock(our, true)
 	theirs = os.NewFile(uintptr(their), "pipe")
 	s.theirs = append(s.theirs, theirs)
-	return os.NewFile(uintptr(our), "pipe"), theirs, nil
+	ours, err = newPatient(our, "pipe")
+	return ours, theirs, err
 }
 
 // started takes the terminal that the process has sent, and closes the process' ends.
@@ -167,10 +167,7 @@ func (s *stdio) lastWords() string {
 		return ""
 	}
 	buf, n := make([]byte, maxLastWords), 0
-	_ = conn.Read(func(fd uintptr) bool {
-		n, _ = unix.Read(int(fd), buf) // does not block
-		return true
-	})
+	_ = conn.Control(func(fd uintptr) { n, _ = unix.Read(int(fd), buf) }) // does not block
 	line, _, _ := strings.Cut(string(buf[:max(n, 0)]), "\n")
 	if line == "" {
 		return ""
@@ -212,14 +209,10 @@ func receiveFile(socket *os.File) (*os.File, error) {
 }
 
 // dup makes a file that does not block. All copies of a terminal share the flag.
-func dup(f *os.File) (*os.File, error) {
+func dup(f *os.File) (*patient, error) {
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("dup console: %w", err)
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+	return newPatient(fd, f.Name())
 }

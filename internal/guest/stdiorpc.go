@@ -93,7 +93,7 @@ func (s *service) read(ctx context.Context, req *protocol.ReadStreamRequest, whi
 	defer out.reader.release()
 	out.claim()
 	buf := make([]byte, min(req.GetLen(), maxRead))
-	n, err := out.read(ctx, buf)
+	n, err := out.read(ctx, [][]byte{buf}, false)
 	switch {
 	case errors.Is(err, io.EOF):
 		out.delivered()

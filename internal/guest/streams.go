@@ -3,7 +3,6 @@ package guest
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -25,8 +23,6 @@ const (
 	// drainGrace is what a connection has at RemoveContainer to deliver what a
 	// dead process has written.
 	drainGrace = time.Second
-	// chunkHead is the length before the bytes of a chunk.
-	chunkHead = 4
 )
 
 // serveStreams accepts connections until the listener closes. Each has a
@@ -44,6 +40,11 @@ func (s *server) serveStreams(ctx context.Context, l net.Listener) error {
 // acceptStream reads the header and hands the connection to its container, or
 // carries it on itself.
 func (s *server) acceptStream(ctx context.Context, conn net.Conn) {
+	conn, err := newPatientConn(conn)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("connection of a stream dropped")
+		return
+	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(handshakeTimeout))
@@ -58,7 +59,7 @@ func (s *server) acceptStream(ctx context.Context, conn net.Conn) {
 			return s.connect(ctx, conn, h.ContainerID)
 		}
 	}
-	if err := open(ctx, conn, header); err != nil {
+	if err = open(ctx, conn, header); err != nil {
 		log.G(ctx).WithError(err).WithField("container_id", header.ContainerID).Debug("stream refused")
 		refuse(conn, err)
 	}
@@ -171,7 +172,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 		close(stopped)
 		<-watched
 	}()
-	r := bufio.NewReaderSize(&bulkReader{Conn: conn, patience: patience{rawConn(conn)}}, bulkBuffer)
+	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
 	mark := newLowWater(conn)
 	chunks := &extension.ChunkReader{R: r, Expect: func(n int) { mark.set(n - r.Buffered()) }}
 	buf := make([]byte, extension.MaxChunk)
@@ -207,14 +208,13 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		conn.Close()
 		<-left
 	}()
-	source, sink := patience{rawConn(out.file)}, patience{rawConn(conn)}
-	buf := make([]byte, chunkHead+maxSend)
-	for bulk := false; ; {
+	bulk, chunks := false, make(chunkBuffer, frameSize)
+	defer func() { chunks.resize(false) }()
+	for {
 		if bulk {
 			yield()
-			source.wait(unix.POLLIN)
 		}
-		n, err := out.read(ctx, buf[chunkHead:])
+		n, err := out.read(ctx, chunks.room(), bulk)
 		if errors.Is(err, io.EOF) {
 			// The host closes when it has taken everything.
 			err := extension.WriteEnd(conn)
@@ -224,37 +224,13 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		if err != nil {
 			return false
 		}
-		if sent, err := sendChunks(conn, sink, buf[:chunkHead+n]); err != nil {
-			out.unread(buf[chunkHead+sent : chunkHead+n])
+		if rest, err := chunks.send(conn, n); err != nil {
+			out.unread(rest)
 			return false
 		}
-		if bulk = n >= bulkRead; bulk && len(buf) < bulkBuffer {
-			buf = make([]byte, chunkHead+bulkBuffer)
-		}
+		bulk = n >= bulkRead
+		chunks.resize(bulk)
 	}
-}
-
-// maxSend is the bytes of a chunk that fills two packets.
-const maxSend = 2*maxPacket - chunkHead
-
-// sendChunks sends the bytes behind the room for a head, and returns how many of
-// them were sent. The head of each further chunk takes the place of bytes that
-// were.
-func sendChunks(conn net.Conn, sink patience, buf []byte) (sent int, err error) {
-	for len(buf) > chunkHead {
-		chunk := buf[:min(len(buf), chunkHead+maxSend)]
-		binary.BigEndian.PutUint32(chunk, uint32(len(chunk)-chunkHead))
-		if len(chunk) > bulkRead {
-			sink.wait(unix.POLLOUT)
-		}
-		n, err := conn.Write(chunk)
-		sent += max(n-chunkHead, 0)
-		if err != nil {
-			return sent, err
-		}
-		buf = buf[len(chunk)-chunkHead:]
-	}
-	return sent, nil
 }
 
 // serveNothing sends the end at once.

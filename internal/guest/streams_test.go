@@ -353,7 +353,7 @@ func TestTerminal(t *testing.T) {
 	// A read ends with its context although the terminal stays open.
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, err := s.out.read(ctx, make([]byte, 1)); err == nil {
+	if _, err := s.out.read(ctx, [][]byte{make([]byte, 1)}, false); err == nil {
 		t.Error("read something")
 	}
 	s.in.end()
