@@ -175,11 +175,10 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
 	mark := newLowWater(conn)
 	chunks := &extension.ChunkReader{R: r, Expect: func(n int) { mark.set(n - r.Buffered()) }}
-	buf := make([]byte, extension.MaxChunk)
 	for {
-		n, err := chunks.ReadChunk(buf)
-		if n > 0 {
-			if _, err := in.write(ctx, buf[:n]); err != nil {
+		b, err := chunks.ReadChunk()
+		if len(b) > 0 {
+			if _, err := in.write(ctx, b); err != nil {
 				return // the process does not read any more
 			}
 		}

@@ -1,6 +1,7 @@
 package extension
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -174,23 +175,30 @@ func (c *ChunkReader) Read(p []byte) (int, error) {
 	return n, cut(err)
 }
 
-// ReadChunk reads what is left of a chunk, up to the size of p, and nothing of
-// the next one. Of a connection that was cut it returns what had come.
-func (c *ChunkReader) ReadChunk(p []byte) (int, error) {
+// ReadChunk returns what is left of a chunk, or as much as fits into R's buffer, and
+// nothing of the next one. It is a part of that buffer, good until the next read. Of
+// a connection that was cut it returns what had come.
+func (c *ChunkReader) ReadChunk() ([]byte, error) {
 	if c.done {
-		return 0, io.EOF
+		return nil, io.EOF
+	}
+	r, ok := c.R.(*bufio.Reader)
+	if !ok {
+		r = bufio.NewReaderSize(c.R, MaxChunk)
+		c.R = r
 	}
 	if c.left == 0 {
 		c.expect(4)
 		if err := c.head(); err != nil {
-			return 0, err
+			return nil, err
 		}
 	}
-	p = p[:min(len(p), int(c.left))]
-	c.expect(len(p))
-	n, err := io.ReadFull(c.R, p)
-	c.left -= uint32(n)
-	return n, cut(err)
+	n := min(int(c.left), r.Size())
+	c.expect(n)
+	b, err := r.Peek(n)
+	_, _ = r.Discard(len(b)) // all of it is buffered
+	c.left -= uint32(len(b))
+	return b, cut(err)
 }
 
 func (c *ChunkReader) expect(n int) {

@@ -1,6 +1,7 @@
 package extension
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"io"
@@ -214,14 +215,13 @@ func TestReadChunk(t *testing.T) {
 	var expected []int
 	// One byte at a time: a chunk is read as a whole all the same.
 	r := &ChunkReader{R: iotest.OneByteReader(&wire), Expect: func(n int) { expected = append(expected, n) }}
-	buf := make([]byte, MaxChunk)
 	for _, want := range []struct {
 		data string
 		err  error
 	}{{"first", nil}, {"second", nil}, {"cut", io.ErrUnexpectedEOF}} {
-		n, err := r.ReadChunk(buf)
-		if string(buf[:n]) != want.data || !errors.Is(err, want.err) {
-			t.Errorf("got %q, %v; want %q, %v", buf[:n], err, want.data, want.err)
+		got, err := r.ReadChunk()
+		if string(got) != want.data || !errors.Is(err, want.err) {
+			t.Errorf("got %q, %v; want %q, %v", got, err, want.data, want.err)
 		}
 	}
 	if want := []int{4, 5, 4, 6, 4, 5}; !slices.Equal(expected, want) {
@@ -229,19 +229,18 @@ func TestReadChunk(t *testing.T) {
 	}
 
 	wire.Reset()
-	if err := errors.Join(WriteChunk(&wire, []byte("abc")), WriteEnd(&wire)); err != nil {
+	if err := errors.Join(WriteChunk(&wire, []byte("0123456789abcdefXYZ")), WriteEnd(&wire)); err != nil {
 		t.Fatal(err)
 	}
-	r = &ChunkReader{R: &wire}
-	small := make([]byte, 2)
-	for _, want := range []string{"ab", "c"} {
-		if n, err := r.ReadChunk(small); string(small[:n]) != want || err != nil {
-			t.Errorf("got %q, %v; want %q", small[:n], err, want)
+	r = &ChunkReader{R: bufio.NewReaderSize(&wire, 16)} // the smallest there is
+	for _, want := range []string{"0123456789abcdef", "XYZ"} {
+		if got, err := r.ReadChunk(); string(got) != want || err != nil {
+			t.Errorf("got %q, %v; want %q", got, err, want)
 		}
 	}
 	for range 2 {
-		if n, err := r.ReadChunk(small); n != 0 || !errors.Is(err, io.EOF) {
-			t.Errorf("at the end: %d, %v", n, err)
+		if got, err := r.ReadChunk(); len(got) != 0 || !errors.Is(err, io.EOF) {
+			t.Errorf("at the end: %q, %v", got, err)
 		}
 	}
 }
