@@ -11,7 +11,7 @@ import (
 type descriptors struct {
 	QMP, Console   int
 	Kernel, Initrd int
-	Vsock          int   // /dev/vhost-vsock, or the connection to vhost-device-vsock
+	Vsock          int   // /dev/vhost-vsock, or the connection to vhost-device-vsock; 0: it comes later
 	Shares         []int // in the order of the Spec, as are Disks
 	Disks          []diskDescriptor
 }
@@ -41,7 +41,7 @@ const bridge = "hotplug"
 
 // arguments is QEMU's command line without its name. It is a function of its
 // parameters alone; the golden files in testdata show what it makes.
-func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready string, fd descriptors) []string {
+func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, fd descriptors) []string {
 	a := argv{}
 	a.add("-name", "guest="+escape(spec.Name)+",debug-threads=on")
 	a.add("-nodefaults")
@@ -61,7 +61,9 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	a.device("pcie-pci-bridge", bridge, bridgeSlot)
 	a.add("-object", "rng-builtin,id=entropy")
 	a.device("virtio-rng-pci", "rng0", rngSlot, "rng=entropy")
-	a.vsock(host, cid, fd.Vsock)
+	if fd.Vsock != 0 {
+		a.vsock(host, cid, fd.Vsock)
+	}
 	for i, share := range spec.Shares {
 		a.share(i, share, fd.Shares[i])
 	}
@@ -72,7 +74,7 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	// user while the file is not.
 	a.add("-kernel", fdPath(fd.Kernel))
 	a.add("-initrd", fdPath(fd.Initrd))
-	a.add("-append", strings.Join(kernelParams(spec, host.Accelerator, ready), " "))
+	a.add("-append", strings.Join(kernelParams(spec, host.Accelerator), " "))
 	return a
 }
 

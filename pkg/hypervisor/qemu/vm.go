@@ -41,6 +41,8 @@ type VM struct {
 	plugs    plugs
 	resized  chan struct{} // has an element when the size of memory may have changed
 	askAgain time.Duration // of the package; shorter in tests
+	migrated chan string   // has an element when the state was read or written, or was not
+	restored bool          // from a template; set before Start returns
 	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
 	scsiTurn, cpuTurn, memoryTurn turn
 
