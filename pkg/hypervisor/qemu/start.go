@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -109,10 +110,24 @@ func (vm *VM) boot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var filling errgroup.Group // beside the start of QEMU
+	defer filling.Wait()       //nolint:errcheck // it is only joined
 	if late {
 		defer back.Close()
+		if vm.ram, err = makeMemory(vm.spec); err != nil {
+			return err
+		}
+		if vm.opts.making { // it is still to be written
+			vm.files.Add(vm.ram.Close)
+		} else {
+			defer vm.ram.Close()
+		}
+		fd.Memory = qemu.files.add(vm.ram)
 	} else {
 		fd.Vsock = give(back)
+	}
+	if template != nil {
+		filling.Go(func() error { return vm.fill(ctx, template) })
 	}
 	console, far, err := newConsole(log.G(ctx))
 	if err != nil {
@@ -153,6 +168,9 @@ func (vm *VM) boot(ctx context.Context) error {
 	vm.watchers.Go(vm.watchQMP)
 	if !late {
 		return nil
+	}
+	if err := filling.Wait(); err != nil {
+		return &templateError{template.Name(), err}
 	}
 	return vm.assemble(ctx, template, back)
 }

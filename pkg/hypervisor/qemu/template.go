@@ -7,10 +7,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -27,6 +29,13 @@ import (
 // hotplug while the machine stands still. What guests of one template have in
 // common besides (the state of the random generator, the time) is for the owner
 // to change before anything else.
+//
+// The file has the guest's memory, with holes where that is zero, and behind it
+// what QEMU keeps of the machine. QEMU does not read the memory: it would touch
+// all of it.
+
+// templateFormat is raised with every change of what is in the file.
+const templateFormat = 1
 
 // templateFile is where the template of such a machine is, or would be. Empty:
 // machines of this kind have none.
@@ -36,10 +45,11 @@ func (c Config) templateFile(spec hypervisor.Spec, host Host) (string, error) {
 	}
 	spec.Name, spec.Shares = "", nil
 	key := struct {
-		Files []about
-		Args  []string
-		Host  string
-	}{Args: arguments(spec, c, host, 0, descriptors{})}
+		Format int
+		Files  []about
+		Args   []string
+		Host   string
+	}{Format: templateFormat, Args: arguments(spec, c, host, 0, descriptors{})}
 	for _, path := range []string{host.QEMU, spec.Kernel, spec.Initrd} {
 		info, err := os.Stat(path)
 		if err != nil {
@@ -142,12 +152,89 @@ func (e *templateError) Error() string {
 
 func (e *templateError) Unwrap() error { return e.err }
 
+// memorySize is that of a machine before it grows, in bytes.
+func memorySize(spec hypervisor.Spec) int64 { return int64(spec.MemoryMiB) << 20 }
+
+// makeMemory makes a guest's memory, empty.
+func makeMemory(spec hypervisor.Spec) (*os.File, error) {
+	fd, err := unix.MemfdCreate("memory", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memory")
+	if err := f.Truncate(memorySize(spec)); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("make memory: %w", err)
+	}
+	return f, nil
+}
+
+// fill gives the machine the memory of the template.
+func (vm *VM) fill(ctx context.Context, template *os.File) error {
+	if err := copyMemory(ctx, vm.ram, template, memorySize(vm.spec)); err != nil {
+		return fmt.Errorf("memory: %w", err)
+	}
+	return nil
+}
+
+// copyMemory copies the pages of the first bytes that are not zero.
+func copyMemory(ctx context.Context, to, from *os.File, size int64) error {
+	const piece = 1 << 20
+	buf := make([]byte, piece)
+	for at := int64(0); at < size; {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		data, err := unix.Seek(int(from.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) || data >= size {
+			return nil // there are only holes
+		}
+		if err != nil {
+			return fmt.Errorf("find data: %w", err)
+		}
+		n, err := from.ReadAt(buf[:min(piece, size-data)], data)
+		if err != nil {
+			return err
+		}
+		if err := writePages(to, buf[:n], data); err != nil {
+			return err
+		}
+		at = data + int64(n)
+	}
+	return nil
+}
+
+// writePages writes the stretches of pages that are not zero.
+func writePages(to *os.File, data []byte, at int64) error {
+	const page = 4096
+	zero := make([]byte, page)
+	for from := 0; from < len(data); {
+		end := from
+		for end < len(data) && !bytes.Equal(data[end:min(end+page, len(data))], zero) {
+			end += page
+		}
+		if end = min(end, len(data)); end > from {
+			if _, err := to.WriteAt(data[from:end], at+int64(from)); err != nil {
+				return err
+			}
+		}
+		from = end + page
+	}
+	return nil
+}
+
 // migrate reads or writes the machine's state, and waits until that is done.
 func (vm *VM) migrate(ctx context.Context, command string, file *os.File) error {
 	err := vm.qmp.Execute(ctx, "migrate-set-capabilities", properties{
-		"capabilities": []properties{{"capability": "events", "state": true}},
+		"capabilities": []properties{
+			{"capability": "events", "state": true},
+			{"capability": "x-ignore-shared", "state": true},
+		},
 	}, nil)
 	if err != nil {
+		return err
+	}
+	if _, err := file.Seek(memorySize(vm.spec), io.SeekStart); err != nil {
 		return err
 	}
 	const name = "template"
@@ -276,7 +363,10 @@ func (vm *VM) freeze(ctx context.Context, file *os.File) error {
 	if err := vm.qmp.Execute(ctx, "stop", nil, nil); err != nil {
 		return err
 	}
-	return vm.migrate(ctx, "migrate", file)
+	if err := vm.migrate(ctx, "migrate", file); err != nil {
+		return err
+	}
+	return copyMemory(ctx, file, vm.ram, memorySize(vm.spec))
 }
 
 // process is the one that has the role; nil: none has.
@@ -294,7 +384,7 @@ func (vm *VM) process(role string) *process {
 // A Template is the file of one, for a list.
 type Template struct {
 	Path string
-	Size int64
+	Size int64 // that it takes, in bytes
 	Made time.Time
 }
 
@@ -312,5 +402,9 @@ func FindTemplate(spec hypervisor.Spec, cfg Config, host Host) (Template, error)
 	if err != nil {
 		return Template{}, err
 	}
-	return Template{Path: path, Size: info.Size(), Made: info.ModTime()}, nil
+	size := info.Size()
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		size = st.Blocks * 512 // without its holes
+	}
+	return Template{Path: path, Size: size, Made: info.ModTime()}, nil
 }

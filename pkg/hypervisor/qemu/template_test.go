@@ -1,9 +1,12 @@
 package qemu
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -85,4 +88,61 @@ func TestTemplateFile(t *testing.T) {
 	if _, err := cfg.templateFile(base, host); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no kernel: %v", err)
 	}
+}
+
+// Only what is not zero is copied: the rest are holes, and take no memory.
+func TestCopyMemory(t *testing.T) {
+	const page, size = 4096, 8 << 20
+	from, to := image(t), image(t)
+	want := make([]byte, size)
+	for _, at := range []int{0, page + 1, 3<<20 - 1, 3 << 20, size - 1} {
+		want[at] = 1
+	}
+	for _, path := range []string{from.Path, to.Path} {
+		if err := os.Truncate(path, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(path, size+page); err != nil {
+			t.Fatal(err)
+		}
+	}
+	source, target := open(t, from.Path), open(t, to.Path)
+	if _, err := source.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := source.WriteAt([]byte("state"), size); err != nil {
+		t.Fatal(err)
+	}
+	if err := copyMemory(t.Context(), target, source, size); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, size+5)
+	if _, err := target.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, append(want, make([]byte, 5)...)) {
+		t.Error("the copy differs, or has what is behind the memory")
+	}
+	info, err := target.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Blocks*512 > 5*page {
+		t.Errorf("the copy takes %d bytes", st.Blocks*512)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := copyMemory(ctx, target, source, size); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+func open(t *testing.T, path string) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -43,6 +44,7 @@ type VM struct {
 	askAgain time.Duration // of the package; shorter in tests
 	migrated chan string   // has an element when the state was read or written, or was not
 	restored bool          // from a template; set before Start returns
+	ram      *os.File      // the guest's, of a machine that begins with a template or for one
 	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
 	scsiTurn, cpuTurn, memoryTurn turn
 
