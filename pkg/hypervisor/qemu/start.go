@@ -111,7 +111,6 @@ func (vm *VM) boot(ctx context.Context) error {
 		return err
 	}
 	var filling errgroup.Group // beside the start of QEMU
-	defer filling.Wait()       //nolint:errcheck // it is only joined
 	if late {
 		defer back.Close()
 		if vm.ram, err = makeMemory(vm.spec); err != nil {
@@ -128,6 +127,7 @@ func (vm *VM) boot(ctx context.Context) error {
 	}
 	if template != nil {
 		filling.Go(func() error { return vm.fill(ctx, template) })
+		defer filling.Wait() //nolint:errcheck // it is only joined
 	}
 	console, far, err := newConsole(log.G(ctx))
 	if err != nil {
