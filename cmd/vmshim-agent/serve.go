@@ -38,13 +38,17 @@ func serve(ctx context.Context) error {
 		addr = ""
 	}
 	modules := module.New(module.Dir)
+	var ready func(context.Context) error
+	if params.Ready {
+		ready = boot.PushReady
+	}
 	return guest.Serve(ctx, guest.Config{
 		Version:        version.Version,
 		Addr:           addr,
 		InitDaemon:     true,
 		PipeSize:       params.Agent.ContainerPipeBytes,
 		HotplugTimeout: params.Agent.HotplugTimeout,
-		Ready:          params.Ready.Push,
+		Ready:          ready,
 		LoadModule: func(_ context.Context, name string, params []string) error {
 			return modules.Load(name, strings.Join(params, " "))
 		},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -146,6 +147,30 @@ func (r *report) machine(ctx context.Context, cfg config.Config) {
 	for _, w := range host.Warnings {
 		r.add("machine", statusWarning, "%s", w)
 	}
+	if err == nil {
+		r.templates(cfg, *host)
+	}
+}
+
+// templates says which sandboxes need not boot. What is wrong with the files of
+// the guest is told of these.
+func (r *report) templates(cfg config.Config, host qemu.Host) {
+	var found []string
+	for kind, spec := range cfg.Sandbox.Machines() {
+		t, err := qemu.FindTemplate(spec, cfg.QEMU, host)
+		if err != nil {
+			return
+		}
+		if t.Path != "" {
+			found = append(found, kind)
+		}
+	}
+	if len(found) == 0 {
+		r.add("templates", statusOK, "none: every machine boots ('vmshim make-templates' changes that)")
+		return
+	}
+	slices.Sort(found)
+	r.add("templates", statusOK, "for a %s without limits, in %s", strings.Join(found, " and a "), cfg.QEMU.TemplateDir)
 }
 
 // network tries what the shim does with a pod's interface.

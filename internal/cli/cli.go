@@ -1,6 +1,6 @@
 // Package cli is the operator's command, vmshim: what the host offers, which
 // sandboxes there are, what their guests said. It reads the same configuration
-// and the same state files as the shim, and changes nothing.
+// and the same state files as the shim, and changes nothing but templates.
 package cli
 
 import (
@@ -32,7 +32,9 @@ func commands() []command {
 		{"check", "", "what the shim finds on this host, and what is missing", check},
 		{"console", "ID", "the last lines that a sandbox's guest wrote to its console", console},
 		{"list", "", "the sandboxes", list},
+		{"make-templates", "", "boot machines once, for sandboxes without limits to go on from", makeTemplates},
 		{"ps", "ID", "the processes of a container, or of all in a sandbox", ps},
+		{"templates", "", "the templates that machines go on from instead of booting", templates},
 		{"timeline", "ID", "how a sandbox started, step by step", timeline},
 		{"version", "", "which vmshim this is", showVersion},
 	}
@@ -73,7 +75,7 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 func usage(w io.Writer) {
 	fmt.Fprint(w, "usage: vmshim COMMAND [--json] [--config FILE] [ID]\n\n")
 	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-12s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
+		fmt.Fprintf(w, "  %-14s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
 	}
 	fmt.Fprint(w, "\nID is that of a container or sandbox, or the name of a sandbox's directory.\n")
 }

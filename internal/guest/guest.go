@@ -49,7 +49,8 @@ type Config struct {
 	PipeSize int
 	// HotplugTimeout is how long a device may take to appear; 0 is 10 seconds.
 	HotplugTimeout time.Duration
-	// Ready is called once, when everything listens. An error is logged.
+	// Ready is called when everything listens, and again for each vsock device
+	// that the guest gets later. An error is logged.
 	Ready func(ctx context.Context) error
 	// LoadModule loads a kernel module; nil refuses requests that need one.
 	LoadModule func(ctx context.Context, name string, params []string) error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
@@ -69,7 +71,7 @@ func serve(ctx context.Context, cfg Config, rpc, streams net.Listener) (err erro
 	jobs.Go(func() { failed <- fmt.Errorf("serve streams: %w", s.serveStreams(life, streams)) })
 	jobs.Go(func() { failed <- fmt.Errorf("watch control groups: %w", watch.run()) })
 	jobs.Go(func() { failed <- fmt.Errorf("watch devices: %w", events.run()) })
-	jobs.Go(func() { s.sayReady(life) })
+	jobs.Go(func() { s.sayReady(life, events) })
 
 	select {
 	case <-s.sandbox.destroyed:
@@ -114,13 +116,46 @@ func newRPC(s *server) (*ttrpc.Server, error) {
 	return rpc, nil
 }
 
-func (s *server) sayReady(ctx context.Context) {
+// sayReady tells the host that the agent serves, over each vsock that the guest
+// gets: a machine that goes on from a template has another than the one before.
+func (s *server) sayReady(ctx context.Context, events *uevents) {
 	if s.cfg.Ready == nil {
 		return
 	}
-	if err := s.cfg.Ready(ctx); err != nil {
+	if _, path, _ := parseAddr(s.cfg.Addr); path != "" {
+		s.tellReady(ctx)
+		return
+	}
+	var told uint64
+	_ = events.await(ctx, func() (bool, error) {
+		// A driver that is still probing fails; its next event comes when it is done.
+		if device := vsockDevice(); device != told && (device == 0 || s.tellReady(ctx)) {
+			told = device
+		}
+		return false, nil
+	})
+}
+
+func (s *server) tellReady(ctx context.Context) bool {
+	err := s.cfg.Ready(ctx)
+	if err != nil && ctx.Err() == nil {
 		log.G(ctx).WithError(err).Warn("host not told that the agent serves")
 	}
+	return err == nil
+}
+
+// vsockDevice is a number that no other vsock device of this guest has had, the
+// inode of its directory; 0: there is none. Names are used again.
+func vsockDevice() uint64 {
+	const driver = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
+	devices, _ := filepath.Glob(driver + "/virtio*") // the pattern is right
+	for _, device := range devices {
+		var st unix.Stat_t
+		if unix.Stat(device, &st) == nil {
+			return st.Ino
+		}
+	}
+	return 0
 }
 
 // listen opens the two ports at an address; see Config.Addr.

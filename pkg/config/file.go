@@ -19,6 +19,7 @@ import (
 type file struct {
 	StateDir    string       `toml:"state_dir"`
 	Debug       bool         `toml:"debug"`
+	TemplateDir string       `toml:"template_dir"`
 	Annotations []string     `toml:"annotations"`
 	Machine     fileMachine  `toml:"machine"`
 	QEMU        fileQEMU     `toml:"qemu"`
@@ -60,8 +61,9 @@ type fileTimeouts struct {
 
 func defaults() file {
 	return file{
-		StateDir: "/run/vmshim",
-		Machine:  fileMachine{VCPUs: 1, MemoryMiB: 256},
+		StateDir:    "/run/vmshim",
+		TemplateDir: "/var/lib/vmshim/templates",
+		Machine:     fileMachine{VCPUs: 1, MemoryMiB: 256},
 		QEMU: fileQEMU{
 			Accelerator:    "auto",
 			Vsock:          "auto",
@@ -95,6 +97,7 @@ func (f file) config() Config {
 			VirtiofsdCache:   f.QEMU.VirtiofsdCache,
 			UIDBase:          f.QEMU.UIDBase,
 			CacheDir:         f.StateDir,
+			TemplateDir:      f.TemplateDir,
 		},
 		Sandbox: sandbox.Config{
 			Machine: hypervisor.Spec{

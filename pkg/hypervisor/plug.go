@@ -48,6 +48,7 @@ const (
 	KindSCSIController Kind = "scsi" // comes with the first SCSI disk, and stays
 	KindNIC            Kind = "nic"
 	KindShare          Kind = "share"
+	KindVsock          Kind = "vsock" // of a machine that began with a template
 	KindPCI            Kind = "pci"
 	KindCPU            Kind = "cpu"
 	KindMemory         Kind = "memory" // a module; not what virtio-mem gives

@@ -25,6 +25,7 @@ func (still) Kill() error                                    { return nil }
 func (still) Console() string                                { return "console" }
 func (still) Processes() []hypervisor.Process                { return nil }
 func (still) Examine()                                       {}
+func (still) Restored() bool                                 { return false }
 func (still) UnplugNIC(context.Context, string) error        { return nil }
 func (still) PlugNIC(context.Context, hypervisor.NIC, []*os.File, []*os.File) (string, error) {
 	return "", nil

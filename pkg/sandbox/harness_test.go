@@ -65,6 +65,7 @@ func (m *machine) Done() <-chan struct{}       { return m.done }
 func (m *machine) Err() error                  { return errors.New("qemu: killed: \"last words\"") }
 func (m *machine) Console() string             { return "\"last words\"" }
 func (m *machine) Examine()                    {}
+func (m *machine) Restored() bool              { return false }
 
 func (m *machine) Processes() []hypervisor.Process {
 	return []hypervisor.Process{m.proc}

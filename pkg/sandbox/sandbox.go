@@ -46,6 +46,8 @@ import (
 // Machine is what a sandbox needs of a running machine; *qemu.VM satisfies it.
 type Machine interface {
 	Ready() <-chan struct{}
+	// Restored says that the guest went on from a template.
+	Restored() bool
 	Dial(ctx context.Context, port uint32) (net.Conn, error)
 	AgentURL(port uint32) string
 	Done() <-chan struct{}
@@ -173,6 +175,7 @@ type guest interface {
 	agent.Processes
 	agent.Network
 	SetGuestDateTime(ctx context.Context, now time.Time) error
+	ReseedRNG(ctx context.Context, data []byte) error
 	OnlineCPUMem(ctx context.Context, cpus uint32, cpuOnly bool) error
 	Connect(ctx context.Context, tcp *net.TCPConn, to netip.AddrPort) error
 }

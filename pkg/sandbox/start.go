@@ -3,6 +3,7 @@ package sandbox
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -137,20 +138,35 @@ func (s *Sandbox) boot(ctx context.Context, spec *specs.Spec, undo *cleanup.Stac
 
 // machineSpec describes the machine.
 func (s *Sandbox) machineSpec(spec *specs.Spec) hypervisor.Spec {
-	want, host := limitsOf(spec), hostCapacity()
-	m := size(s.opts.Config.Machine, want, host)
+	want := limitsOf(spec)
+	m := s.opts.Config.machine(s.opts.Pod, want)
 	if s.opts.Pod {
-		m = roomToGrow(m, host)
 		s.mu.Lock()
 		s.pod = want
 		s.mu.Unlock()
 	}
 	m.Name = s.opts.ID
+	m.Shares = append(slices.Clip(m.Shares), hypervisor.Share{Tag: storage.Tag, Dir: s.share()})
+	return m
+}
+
+// machine is what all sandboxes of that kind and with these limits have.
+func (c Config) machine(pod bool, want limits) hypervisor.Spec {
+	host := hostCapacity()
+	m := size(c.Machine, want, host)
+	if pod {
+		m = roomToGrow(m, host)
+	}
 	if m.Arch == "" {
 		m.Arch = runtime.GOARCH
 	}
-	m.Shares = append(slices.Clip(m.Shares), hypervisor.Share{Tag: storage.Tag, Dir: s.share()})
 	return m
+}
+
+// Machines are those of sandboxes without limits, by what they are for: the ones
+// that a template is worth while for.
+func (c Config) Machines() map[string]hypervisor.Spec {
+	return map[string]hypervisor.Spec{"container": c.machine(false, limits{}), "pod": c.machine(true, limits{})}
 }
 
 // hostCapacity is what this host has.
@@ -326,6 +342,11 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 	undo.Add(func() error { quit(); return nil })
 	// Asked beside, and known when the first streams are opened.
 	s.jobs.Go(func() { _, _ = s.agent.Capabilities(life) })
+	if s.machine.Restored() {
+		if err := s.renew(ctx); err != nil {
+			return s.because(err)
+		}
+	}
 	if err := s.agent.StartSandbox(ctx, agent.Sandbox{Request: sandboxRequest(s.opts.ID, spec)}); err != nil {
 		return fmt.Errorf("create sandbox in the guest: %w", s.because(err))
 	}
@@ -334,6 +355,23 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 	s.jobs.Go(func() { s.attend(life) })
 	s.state.mark(ctx, PhaseSandbox, time.Now())
 	return s.state.update(func(st *State) { st.Ready = true })
+}
+
+// seedSize is as much as the key of the guest's generator (BLAKE2S_HASH_SIZE in
+// drivers/char/random.c).
+const seedSize = 32
+
+// renew changes what a guest has in common with others of its template.
+func (s *Sandbox) renew(ctx context.Context) error {
+	seed := make([]byte, seedSize)
+	_, _ = rand.Read(seed) // never fails
+	if err := s.agent.ReseedRNG(ctx, seed); err != nil {
+		return fmt.Errorf("seed the guest's random generator: %w", err)
+	}
+	if err := s.agent.SetGuestDateTime(ctx, time.Now()); err != nil {
+		return fmt.Errorf("set the guest's clock: %w", err)
+	}
+	return nil
 }
 
 // because adds why the machine is gone to the error of a call that this ended.

@@ -56,6 +56,7 @@ func (m *machine) Err() error                      { return errors.New("qemu: ki
 func (m *machine) Console() string                 { return "" }
 func (m *machine) Processes() []hypervisor.Process { return nil }
 func (m *machine) Examine()                        {}
+func (m *machine) Restored() bool                  { return false }
 func (m *machine) Shutdown(context.Context) error  { return m.Kill() }
 
 func (m *machine) PlugNIC(context.Context, hypervisor.NIC, []*os.File, []*os.File) (string, error) {

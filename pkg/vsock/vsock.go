@@ -33,6 +33,15 @@ func Kernel(cid uint32) Dialer {
 	}
 }
 
+// LocalCID is the context id of this guest.
+func LocalCID() (uint32, error) {
+	cid, err := vsock.ContextID()
+	if err != nil {
+		return 0, fmt.Errorf("look up context id: %w", err)
+	}
+	return cid, nil
+}
+
 // DialHost connects this guest to a port of its host.
 func DialHost(ctx context.Context, port uint32) (net.Conn, error) {
 	conn, err := vsock.DialContext(ctx, HostCID, port, nil)

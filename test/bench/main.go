@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -35,7 +36,7 @@ func run() int {
 		runs     = flag.Int("runs", 5, "`times` that each thing is measured; the median counts")
 		cycles   = flag.Int("cycles", 200, "`times` that a container is created, started, killed and deleted; execs are five times as many")
 		crowded  = flag.Int("sandboxes", 20, "`number` of sandboxes that are started at once")
-		only     = flag.String("only", "", "comma-separated `parts` to measure: start, exec, stdio, memory, pod, network, crowd, execs, cycles")
+		only     = flag.String("only", "", "comma-separated `parts` to measure: start, template, exec, stdio, memory, pod, network, crowd, execs, cycles")
 	)
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -61,8 +62,10 @@ func run() int {
 type rig struct {
 	*daemon.Daemon
 	local *daemon.Local
-	runs  int
-	ids   atomic.Int64
+	// templates is the directory for them, empty but while starts from them are measured.
+	templates string
+	runs      int
+	ids       atomic.Int64
 	target
 }
 
@@ -86,7 +89,9 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	local, err := daemon.NewLocal(ctx, dir, "timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
+	templates := filepath.Join(dir, "templates")
+	local, err := daemon.NewLocal(ctx, dir, "template_dir = '"+templates+"'",
+		"timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +104,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.Stop()) }()
-	r := &rig{Daemon: d, local: local, runs: runs}
+	r := &rig{Daemon: d, local: local, templates: templates, runs: runs}
 	defer func() { err = errors.Join(err, r.clear()) }()
 	res := &results{Host: r.host(ctx)}
 	r.target = targets[res.Host["kind"]]
@@ -108,6 +113,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		f    func(context.Context, *results) error
 	}{
 		{"start", r.start},
+		{"template", r.startFromTemplate},
 		{"exec", r.exec},
 		{"stdio", r.stdio},
 		{"memory", r.memory},

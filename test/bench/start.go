@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -68,6 +69,32 @@ func (r *rig) start(ctx context.Context, res *results) error {
 	res.TimeLine = steps(lines[shim[len(shim)/2]])
 	res.add(result{Name: "ctr run to first byte, runc", Value: median(runc), Unit: "ms"})
 	res.add(result{Name: "ctr run to first byte", Value: median(whole), Unit: "ms", Against: "ctr run to first byte, runc"})
+	return nil
+}
+
+// startFromTemplate is start, with machines that go on from a template.
+func (r *rig) startFromTemplate(ctx context.Context, res *results) (err error) {
+	makeTemplates := exec.CommandContext(ctx, filepath.Join(r.local.ShimDir(), "vmshim"), "make-templates", "--config", r.local.ShimConfig())
+	makeTemplates.Env = append(os.Environ(), "PATH="+r.local.ShimDir()+":"+os.Getenv("PATH"))
+	defer func() { err = errors.Join(err, os.RemoveAll(r.templates)) }()
+	if out, err := makeTemplates.CombinedOutput(); err != nil {
+		return fmt.Errorf("make templates: %w: %s", err, out)
+	}
+	var bare, shim []time.Duration
+	for range r.runs {
+		t, err := r.bareBoot(ctx)
+		if err != nil {
+			return fmt.Errorf("bare machine: %w", err)
+		}
+		line, _, err := r.firstByte(ctx, machineRuntime)
+		if err != nil {
+			return fmt.Errorf("container in a machine: %w", err)
+		}
+		bare, shim = append(bare, t), append(shim, length(line))
+	}
+	const beside = "bare machine, beside starts from a template"
+	res.add(result{Name: beside, Value: median(bare), Unit: "ms"})
+	res.add(result{Name: "shim start to first byte, from a template", Value: median(shim), Unit: "ms", Against: beside, AtMost: r.target.start})
 	return nil
 }
 

@@ -28,11 +28,7 @@ func serve(ctx context.Context) error {
 		return err
 	}
 	defer l.Close()
-	params, err := boot.ReadParams()
-	if err != nil {
-		return err
-	}
-	if err := params.Ready.Push(ctx); err != nil {
+	if err := boot.PushReady(ctx); err != nil {
 		return err
 	}
 	conn, err := l.Accept()

@@ -22,7 +22,7 @@ const (
 // Params are the kernel parameters that are meant for user space.
 type Params struct {
 	Trivial bool
-	Ready   Ready
+	Ready   bool // tell the host that the agent serves
 	Agent   AgentParams
 }
 

@@ -22,8 +22,8 @@ func TestParseParams(t *testing.T) {
 		},
 		{name: "trivial", cmdline: "quiet vmshim.trivial", want: Params{Trivial: true}},
 		{
-			name: "ready", cmdline: "vmshim.ready=4711:0a1b panic=-1",
-			want: Params{Ready: Ready{Port: 4711, Token: "0a1b"}},
+			name: "ready", cmdline: "vmshim.ready=cid panic=-1",
+			want: Params{Ready: true},
 		},
 		{
 			name: "agent",
@@ -52,12 +52,8 @@ func TestParseParams(t *testing.T) {
 		{name: "no flag", cmdline: "agent.devmode=false"},
 		{name: "cgroup version 2", cmdline: "systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"},
 		{name: "cgroup version 1", cmdline: "systemd.unified_cgroup_hierarchy=0", err: "containers have cgroup version 2"},
-		{name: "no token", cmdline: "vmshim.ready=4711", err: "not PORT:TOKEN"},
-		{name: "no port", cmdline: "vmshim.ready=:token", err: "not PORT:TOKEN"},
-		{name: "port zero", cmdline: "vmshim.ready=0:token", err: "not PORT:TOKEN"},
-		{name: "port too big", cmdline: "vmshim.ready=4294967296:token", err: "not PORT:TOKEN"},
-		{name: "token of two words", cmdline: `vmshim.ready="1:a b"`, err: "not PORT:TOKEN"},
-		{name: "token without end", cmdline: "vmshim.ready=1:" + strings.Repeat("a", 300), err: "not PORT:TOKEN"},
+		{name: "no way to be ready", cmdline: "vmshim.ready", err: "not cid"},
+		{name: "another way to be ready", cmdline: "vmshim.ready=4711:0a1b", err: "not cid"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := ParseParams(tt.cmdline)
@@ -73,7 +69,7 @@ func TestParseParams(t *testing.T) {
 
 func FuzzParseParams(f *testing.F) {
 	for _, s := range []string{
-		"console=ttyS0 quiet vmshim.ready=4711:0a1b agent.log=debug",
+		"console=ttyS0 quiet vmshim.ready=cid agent.log=debug",
 		`a="b c" "d=e f" agent.hotplug_timeout=3 vmshim.trivial`,
 		"agent.container_pipe_size=99999999999 vmshim.ready=:",
 		"\"\x00=\" agent.log_vport=-1",
@@ -82,9 +78,6 @@ func FuzzParseParams(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		p, _ := ParseParams(s)
-		if len(p.Ready.Token) > maxToken || (p.Ready.Token == "") != (p.Ready.Port == 0) {
-			t.Errorf("Ready = %+v", p.Ready)
-		}
 		if p.Agent.HotplugTimeout < 0 || p.Agent.ContainerPipeBytes < 0 {
 			t.Errorf("Agent = %+v", p.Agent)
 		}

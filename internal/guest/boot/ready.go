@@ -4,56 +4,36 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
-// Ready says where the host waits for this guest's agent, and what to say
-// there. The zero value means that it does not wait.
-type Ready struct {
-	Port  uint32
-	Token string
+// readyTimeout bounds one call to the host.
+const readyTimeout = 10 * time.Second
+
+// parseReady reads the only way there is of telling the host that the agent
+// serves.
+func parseReady(value string) (bool, error) {
+	if value != "cid" {
+		return false, errors.New("not cid")
+	}
+	return true, nil
 }
 
-const (
-	maxToken     = 256 // kernel command lines have 2048 bytes in all
-	readyTimeout = 10 * time.Second
-)
-
-func parseReady(value string) (Ready, error) {
-	port, token, ok := strings.Cut(value, ":")
-	if !ok || token == "" || len(token) > maxToken || strings.ContainsAny(token, " \t\r\n") {
-		return Ready{}, errors.New("not PORT:TOKEN")
-	}
-	n, err := strconv.ParseUint(port, 10, 32)
-	if err != nil || n == 0 {
-		return Ready{}, errors.New("not PORT:TOKEN")
-	}
-	return Ready{Port: uint32(n), Token: token}, nil
-}
-
-// Push tells the host that the agent listens. The host may just as well find
+// PushReady tells the host that the agent listens, by a connection to the port
+// that has the number of this guest's context id. The host may just as well find
 // out by dialing, so that an error here is not fatal.
-func (r Ready) Push(ctx context.Context) error {
-	if r.Token == "" {
-		return nil
-	}
+func PushReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
-	conn, err := vsock.DialHost(ctx, r.Port)
+	cid, err := vsock.LocalCID()
 	if err != nil {
 		return fmt.Errorf("say ready: %w", err)
 	}
-	defer conn.Close()
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(deadline) // a bound, not a promise
+	conn, err := vsock.DialHost(ctx, cid)
+	if err != nil {
+		return fmt.Errorf("say ready: %w", err)
 	}
-	if _, err := io.WriteString(conn, r.Token+"\n"); err != nil {
-		return fmt.Errorf("say ready to port %d: %w", r.Port, err)
-	}
-	return nil
+	return conn.Close()
 }

@@ -11,7 +11,8 @@ import (
 type descriptors struct {
 	QMP, Console   int
 	Kernel, Initrd int
-	Vsock          int   // /dev/vhost-vsock, or the connection to vhost-device-vsock
+	Vsock          int   // /dev/vhost-vsock, or the connection to vhost-device-vsock; 0: it comes later
+	Memory         int   // the guest's memory; 0: QEMU makes it
 	Shares         []int // in the order of the Spec, as are Disks
 	Disks          []diskDescriptor
 }
@@ -41,7 +42,7 @@ const bridge = "hotplug"
 
 // arguments is QEMU's command line without its name. It is a function of its
 // parameters alone; the golden files in testdata show what it makes.
-func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready string, fd descriptors) []string {
+func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, fd descriptors) []string {
 	a := argv{}
 	a.add("-name", "guest="+escape(spec.Name)+",debug-threads=on")
 	a.add("-nodefaults")
@@ -53,7 +54,7 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	a.add("-accel", host.Accelerator)
 	a.add("-cpu", cpu(cfg, host))
 	a.add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1,maxcpus=%d", spec.VCPUs, spec.MaxVCPUs, spec.MaxVCPUs))
-	a.memory(spec)
+	a.memory(spec, fd.Memory)
 	a.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", fd.QMP))
 	a.add("-mon", "chardev=qmp,mode=control")
 	a.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fd.Console))
@@ -61,7 +62,9 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	a.device("pcie-pci-bridge", bridge, bridgeSlot)
 	a.add("-object", "rng-builtin,id=entropy")
 	a.device("virtio-rng-pci", "rng0", rngSlot, "rng=entropy")
-	a.vsock(host, cid, fd.Vsock)
+	if fd.Vsock != 0 {
+		a.vsock(host, cid, fd.Vsock)
+	}
 	for i, share := range spec.Shares {
 		a.share(i, share, fd.Shares[i])
 	}
@@ -72,7 +75,7 @@ func arguments(spec hypervisor.Spec, cfg Config, host Host, cid uint32, ready st
 	// user while the file is not.
 	a.add("-kernel", fdPath(fd.Kernel))
 	a.add("-initrd", fdPath(fd.Initrd))
-	a.add("-append", strings.Join(kernelParams(spec, host.Accelerator, ready), " "))
+	a.add("-append", strings.Join(kernelParams(spec, host.Accelerator), " "))
 	return a
 }
 
@@ -114,10 +117,15 @@ func (a *argv) device(driver, id string, slot int, properties ...string) {
 
 // memory is shared, because the back ends of vhost-user devices map it too.
 // What can be added sits in one virtio-mem device that starts empty, or comes as
-// modules.
-func (a *argv) memory(spec hypervisor.Spec) {
+// modules. Memory that is handed over is a file to QEMU, which then leaves it
+// alone when it reads or writes the machine's state.
+func (a *argv) memory(spec hypervisor.Spec, fd int) {
 	backend := func(id string, mib int, more string) {
-		a.add("-object", fmt.Sprintf("memory-backend-memfd,id=%s,size=%dM,share=on%s", id, mib, more))
+		kind := "memory-backend-memfd"
+		if id == "mem" && fd != 0 {
+			kind, more = "memory-backend-file", ",mem-path="+fdPath(fd)+more
+		}
+		a.add("-object", fmt.Sprintf("%s,id=%s,size=%dM,share=on%s", kind, id, mib, more))
 	}
 	hotplug := hotplugMiB(spec)
 	if hotplug == 0 {

@@ -88,7 +88,7 @@ func TestArguments(t *testing.T) {
 			if tt.host.Vsock == VsockKernel {
 				cid = 4711
 			}
-			got := arguments(tt.spec, tt.cfg, tt.host, cid, "1029:TOKEN", fd)
+			got := arguments(tt.spec, tt.cfg, tt.host, cid, fd)
 			golden(t, tt.name, got)
 			if !slices.Contains(got, tt.option) {
 				t.Errorf("no %q", tt.option)
@@ -115,8 +115,8 @@ func TestVirtiofsdArgs(t *testing.T) {
 func TestKernelParamsOrder(t *testing.T) {
 	s := spec("amd64")
 	s.KernelParams = []string{"panic=0", "x"}
-	got := kernelParams(s, TCG, "1:t")
-	if n := len(got); !slices.Equal(got[n-3:], []string{"vmshim.ready=1:t", "panic=0", "x"}) {
+	got := kernelParams(s, TCG)
+	if n := len(got); !slices.Equal(got[n-3:], []string{"vmshim.ready=cid", "panic=0", "x"}) {
 		t.Errorf("params end with %q", got[n-3:])
 	}
 }

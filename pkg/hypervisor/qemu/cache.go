@@ -28,6 +28,15 @@ type about struct {
 	Dialect string            `json:"dialect,omitempty"` // of virtiofsd
 }
 
+// aboutOf is what tells a file from others.
+func aboutOf(info os.FileInfo) about {
+	a := about{Size: info.Size(), ModTime: info.ModTime()}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		a.Inode = stat.Ino
+	}
+	return a
+}
+
 func (a about) same(b about) bool {
 	return a.Size == b.Size && a.ModTime.Equal(b.ModTime) && a.Inode == b.Inode
 }
@@ -104,10 +113,7 @@ func (c *cache) ask(path string, question func(*about) error) (about, error) {
 	if err != nil {
 		return about{}, err
 	}
-	now := about{Size: info.Size(), ModTime: info.ModTime()}
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		now.Inode = stat.Ino
-	}
+	now := aboutOf(info)
 	if then, ok := c.entries[path]; ok && then.same(now) {
 		return then, nil
 	}

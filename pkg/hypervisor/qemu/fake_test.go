@@ -94,8 +94,7 @@ func runFakeQEMU(behaviour string, args []string) int {
 	}
 	console := inherited(number(args, `id=console,fd=(\d+)`))
 	if behaviour == "ring" {
-		token := regexp.MustCompile(readyParam + `(\S+)`).FindStringSubmatch(strings.Join(args, " "))
-		fmt.Fprintf(inherited(number(args, `id=vsock,fd=(\d+)`)), "%s\n", token[1])
+		fmt.Fprintln(inherited(number(args, `id=vsock,fd=(\d+)`)), "ring")
 	}
 	events := func(reason string) []qmptest.Step {
 		fmt.Fprintf(console, "last words\r\n")
@@ -128,7 +127,7 @@ func runFakeQEMU(behaviour string, args []string) int {
 }
 
 // runFakeVsock behaves as told: serve (echo every stream, ring when the fake
-// QEMU sends a token), exit (before the socket is there), never (make it).
+// QEMU says so), exit (before the socket is there), never (make it).
 func runFakeVsock(behaviour string, args []string) int {
 	switch behaviour {
 	case "exit":
@@ -178,12 +177,8 @@ func runFakeVsock(behaviour string, args []string) int {
 	}
 	lines := bufio.NewScanner(conn)
 	for lines.Scan() {
-		port, token, _ := strings.Cut(lines.Text(), ":")
-		for _, word := range []string{"wrong\n", "", token + "\n"} {
-			if host, err := net.Dial("unix", streams+"_"+port); err == nil {
-				fmt.Fprint(host, word)
-				host.Close()
-			}
+		if host, err := net.Dial("unix", fmt.Sprintf("%s_%d", streams, hybridCID)); err == nil {
+			host.Close()
 		}
 	}
 	return 0

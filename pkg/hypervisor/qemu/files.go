@@ -68,8 +68,9 @@ func openDisk(disk hypervisor.Disk) (f *os.File, block bool, err error) {
 	return f, block, nil
 }
 
-// randomCID is any context id that a guest can have (linux/vm_sockets.h).
-func randomCID() uint32 { return 3 + rand.Uint32N(1<<31) }
+// randomCID is a context id that a guest can have (linux/vm_sockets.h), and
+// whose number is no port that a program of the host chose for itself.
+func randomCID() uint32 { return 1<<16 + rand.Uint32N(1<<31) }
 
 // vhostVsockSetGuestCID is _IOW(VHOST_VIRTIO, 0x60, __u64), see linux/vhost.h.
 // It is the same on amd64 and arm64.

@@ -2,8 +2,9 @@ package qemu
 
 import "github.com/vmshim/vmshim/pkg/hypervisor"
 
-// readyParam names the port and the token of the guest's first sign of life.
-const readyParam = "vmshim.ready="
+// readyParam asks for the guest's first sign of life. It is the same for all
+// guests: one that goes on from a template has the command line of that.
+const readyParam = "vmshim.ready=cid"
 
 // kernelParams is the kernel's command line: what the machine needs, and what
 // makes it start fast. Effects were measured as instructions that the guest
@@ -16,7 +17,7 @@ const readyParam = "vmshim.ready="
 //
 // A parameter of the Spec comes last and so wins, where the kernel takes the
 // last of two.
-func kernelParams(spec hypervisor.Spec, accelerator, ready string) []string {
+func kernelParams(spec hypervisor.Spec, accelerator string) []string {
 	var p []string
 	switch spec.Arch {
 	case "amd64":
@@ -48,10 +49,7 @@ func kernelParams(spec hypervisor.Spec, accelerator, ready string) []string {
 		// so that it can go again.
 		p = append(p, "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
 	}
-	if ready != "" {
-		p = append(p, readyParam+ready)
-	}
-	return append(p, spec.KernelParams...)
+	return append(append(p, readyParam), spec.KernelParams...)
 }
 
 // clocksource is what the guest tells the time by. Emulated, the TSC is

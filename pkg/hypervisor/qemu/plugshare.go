@@ -34,6 +34,10 @@ func (vm *VM) PlugShare(ctx context.Context, share hypervisor.Share) (_ string, 
 			return "", fmt.Errorf("there is one since boot: %w", errdefs.ErrAlreadyExists)
 		}
 	}
+	return vm.plugShare(ctx, share)
+}
+
+func (vm *VM) plugShare(ctx context.Context, share hypervisor.Share) (string, error) {
 	daemon := &shareDaemon{vm: vm, share: share}
 	defer func() { _ = daemon.conn.Close() }() // nil when there was none
 	p, err := vm.plug(ctx, hypervisor.Plugged{Kind: hypervisor.KindShare, ID: share.Tag}, busSlots, daemon.steps)
@@ -62,7 +66,7 @@ type shareDaemon struct {
 
 func (d *shareDaemon) steps(p *plug) []step {
 	files := &lent{vm: d.vm}
-	return []step{d.run(p, files), files.step(), d.chardev(p, files), d.device(p), d.guard()}
+	return []step{d.run(p, files), files.step(), d.vm.chardev(p, files), d.device(p), d.guard()}
 }
 
 func (d *shareDaemon) run(p *plug, files *lent) step {
@@ -81,11 +85,12 @@ func (d *shareDaemon) run(p *plug, files *lent) step {
 	}
 }
 
-func (d *shareDaemon) chardev(p *plug, files *lent) step {
+// chardev is the connection to a back end, of the name that it was lent under.
+func (vm *VM) chardev(p *plug, files *lent) step {
 	socket := properties{"addr": properties{"type": "fd", "data": properties{"str": p.name()}}, "server": false}
 	return step{
 		do: func(ctx context.Context) error {
-			err := d.vm.qmp.Execute(ctx, "chardev-add", properties{
+			err := vm.qmp.Execute(ctx, "chardev-add", properties{
 				"id": p.backend(), "backend": properties{"type": "socket", "data": socket},
 			}, nil)
 			if err == nil {
@@ -94,7 +99,7 @@ func (d *shareDaemon) chardev(p *plug, files *lent) step {
 			return err
 		},
 		undo: func(ctx context.Context) error {
-			return d.vm.qmp.Execute(ctx, "chardev-remove", properties{"id": p.backend()}, nil)
+			return vm.qmp.Execute(ctx, "chardev-remove", properties{"id": p.backend()}, nil)
 		},
 	}
 }

@@ -2,7 +2,8 @@
 //
 //   - Probe looks at the host: QEMU, accelerator, vsock, virtiofsd.
 //   - Start runs the helpers that the machine needs, then QEMU, and returns
-//     when QEMU answers on QMP; the guest is booting then.
+//     when QEMU answers on QMP; the guest is booting then, or goes on from a
+//     template.
 //   - Ready, Dial, Console are the way into the guest.
 //   - Plug…, Unplug…, Grow… and Resize… change the running machine.
 //   - A machine ends by itself, by Shutdown or by Kill. The first of its
@@ -45,6 +46,9 @@ type Config struct {
 	// CacheDir is where Probe keeps what binaries say of themselves, for the
 	// next process: the root of the state. Empty: nowhere.
 	CacheDir string
+	// TemplateDir is where templates of machines are (see MakeTemplate): Start goes
+	// on from the one that fits, if there is one. Empty: every machine boots.
+	TemplateDir string
 }
 
 // Validate reports every fault at once.
@@ -126,7 +130,8 @@ type Options struct {
 	// that every process is born in.
 	CgroupFD int
 
-	extra []string // further arguments for QEMU, from tests
+	extra  []string // further arguments for QEMU, from tests
+	making bool     // a template: the machine has to boot
 }
 
 // commandLineSize is where kernels cut their command line (COMMAND_LINE_SIZE
@@ -145,7 +150,7 @@ func (o Options) validate(spec hypervisor.Spec) error {
 	if !filepath.IsAbs(o.Dir) {
 		bad("directory %q is not absolute", o.Dir)
 	}
-	if n := len(strings.Join(kernelParams(spec, TCG, strings.Repeat("x", 40)), " ")); n >= commandLineSize {
+	if n := len(strings.Join(kernelParams(spec, TCG), " ")); n >= commandLineSize {
 		bad("%d bytes of kernel parameters, more than %d", n, commandLineSize-1)
 	}
 	if n := len(spec.Shares); n > maxShares {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
@@ -52,7 +53,7 @@ func newVM(spec hypervisor.Spec, opts Options) *VM {
 			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
 			cgroupFD: opts.CgroupFD, started: opts.Started,
 		},
-		resized: make(chan struct{}, 1), askAgain: askAgain, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
+		resized: make(chan struct{}, 1), migrated: make(chan string, 1), askAgain: askAgain, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
 		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
 	}
 }
@@ -63,7 +64,10 @@ func (vm *VM) startError(ctx context.Context, err error) error {
 	vm.mu.Lock()
 	exit := vm.exitErrorLocked()
 	vm.mu.Unlock()
+	var template *templateError
 	switch {
+	case errors.Is(err, errGone) && errors.As(err, &template):
+		return &templateError{template.path, exit}
 	case errors.Is(err, errGone):
 		return exit
 	case ctx.Err() != nil && len(exit.Output) > 0:
@@ -89,11 +93,41 @@ func (vm *VM) boot(ctx context.Context) error {
 	if err := vm.openImages(&fd, give); err != nil {
 		return err
 	}
-	if err := vm.openShares(&fd, give); err != nil {
+	template, err := vm.openTemplate()
+	if err != nil {
+		return fmt.Errorf("template: %w", err)
+	}
+	if template != nil {
+		defer template.Close()
+	}
+	late := template != nil || vm.opts.making // shares and vsock come when QEMU runs
+	if !late {
+		if err := vm.openShares(&fd, give); err != nil {
+			return err
+		}
+	}
+	back, err := vm.openVsock(ctx) // waits, beside virtiofsd's start
+	if err != nil {
 		return err
 	}
-	if err := vm.openVsock(ctx, &fd, give); err != nil { // waits, beside virtiofsd's start
-		return err
+	var filling errgroup.Group // beside the start of QEMU
+	if late {
+		defer back.Close()
+		if vm.ram, err = makeMemory(vm.spec); err != nil {
+			return err
+		}
+		if vm.opts.making { // it is still to be written
+			vm.files.Add(vm.ram.Close)
+		} else {
+			defer vm.ram.Close()
+		}
+		fd.Memory = qemu.files.add(vm.ram)
+	} else {
+		fd.Vsock = give(back)
+	}
+	if template != nil {
+		filling.Go(func() error { return vm.fill(ctx, template) })
+		defer filling.Wait() //nolint:errcheck // it is only joined
 	}
 	console, far, err := newConsole(log.G(ctx))
 	if err != nil {
@@ -107,7 +141,15 @@ func (vm *VM) boot(ctx context.Context) error {
 		return err
 	}
 	fd.QMP = give(listener)
-	qemu.args = arguments(vm.spec, vm.opts.Config, *vm.opts.Host, vm.cid, vm.doorbell.param(), fd)
+	spec := vm.spec
+	if late {
+		spec.Shares = nil
+		qemu.args = append(qemu.args, "-S")
+	}
+	if template != nil {
+		qemu.args = append(qemu.args, "-incoming", "defer")
+	}
+	qemu.args = append(arguments(spec, vm.opts.Config, *vm.opts.Host, vm.cid, fd), qemu.args...)
 	qemu.args = append(qemu.args, vm.opts.extra...)
 	vm.cmdline = append([]string{qemu.path}, qemu.args...)
 	if _, err := vm.start(qemu); err != nil {
@@ -124,7 +166,13 @@ func (vm *VM) boot(ctx context.Context) error {
 		return vm.orGone(ctx, err)
 	}
 	vm.watchers.Go(vm.watchQMP)
-	return nil
+	if !late {
+		return nil
+	}
+	if err := filling.Wait(); err != nil {
+		return &templateError{template.Name(), err}
+	}
+	return vm.assemble(ctx, template, back)
 }
 
 // orGone waits a moment for the end of a process that would explain the error.
@@ -138,20 +186,21 @@ func (vm *VM) orGone(ctx context.Context, err error) error {
 	return err
 }
 
-// openVsock gives QEMU its end of the guest's vsock and listens for the guest.
-func (vm *VM) openVsock(ctx context.Context, fd *descriptors, give func(*os.File) int) (err error) {
+// openVsock returns what is QEMU's end of the guest's vsock, and listens for the
+// guest.
+func (vm *VM) openVsock(ctx context.Context) (*os.File, error) {
 	if vm.opts.Host.Vsock == VsockKernel {
 		device, cid, err := openVhostVsock(randomCID)
 		if err != nil {
-			return fmt.Errorf("vsock: %w", err)
+			return nil, fmt.Errorf("vsock: %w", err)
 		}
-		fd.Vsock, vm.cid, vm.dial = give(device), cid, vsock.Kernel(cid)
-		vm.doorbell, err = listenKernel(cid)
-		if err != nil {
-			return err
+		vm.cid, vm.dial = cid, vsock.Kernel(cid)
+		if vm.doorbell, err = listenKernel(cid); err != nil {
+			device.Close()
+			return nil, err
 		}
 		vm.watchers.Go(vm.doorbell.serve)
-		return nil
+		return device, nil
 	}
 
 	dir, uid := filepath.Join(vm.opts.Dir, vsockDir), os.Geteuid()
@@ -159,22 +208,24 @@ func (vm *VM) openVsock(ctx context.Context, fd *descriptors, give func(*os.File
 		uid = int(vm.user.Uid)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
-		return fmt.Errorf("vsock: %w", err)
+		return nil, fmt.Errorf("vsock: %w", err)
 	}
 	vm.files.Add(remove(dir))
 	if err := os.Chown(dir, uid, uid); err != nil {
-		return fmt.Errorf("vsock: %w", err)
+		return nil, fmt.Errorf("vsock: %w", err)
 	}
-	if vm.doorbell, err = listenHybrid(vm.streams(), uid); err != nil {
-		return err
+	bell, err := listenHybrid(vm.streams(), uid)
+	if err != nil {
+		return nil, err
 	}
+	vm.doorbell = bell
 	vm.watchers.Go(vm.doorbell.serve)
 	conn, err := vm.startVhostDeviceVsock(ctx)
 	if err != nil {
-		return fmt.Errorf("vsock: %w", err)
+		return nil, fmt.Errorf("vsock: %w", err)
 	}
-	fd.Vsock, vm.dial = give(conn), vsock.Hybrid(vm.streams())
-	return nil
+	vm.dial = vsock.Hybrid(vm.streams())
+	return conn, nil
 }
 
 func (vm *VM) openShares(fd *descriptors, give func(*os.File) int) error {

@@ -162,6 +162,15 @@ func (vm *VM) event(e qmp.Event) {
 		case vm.resized <- struct{}{}:
 		default:
 		}
+	case "MIGRATION":
+		var data struct{ Status string }
+		if json.Unmarshal(e.Data, &data) != nil || data.Status != "completed" && data.Status != "failed" {
+			return
+		}
+		select {
+		case vm.migrated <- data.Status:
+		default:
+		}
 	case "SHUTDOWN":
 		var data struct{ Reason string }
 		if json.Unmarshal(e.Data, &data) == nil && vm.shutdown == "" {

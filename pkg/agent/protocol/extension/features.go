@@ -20,6 +20,7 @@ const (
 )
 
 // ReadyParam is the kernel parameter that asks the agent to say that it
-// serves: vmshim.ready=PORT:TOKEN. The agent connects to that port of the
-// host, writes the token and a newline, and closes.
+// serves: vmshim.ready=cid. The agent connects to the port of the host that has
+// the number of the guest's context id, and closes; again when the guest has got
+// another vsock device, as one that goes on from a template does.
 const ReadyParam = "vmshim.ready"
