@@ -100,16 +100,17 @@ func (l *list) String() string     { return strings.Join(*l, " ") }
 func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 type options struct {
-	release string
-	root    string // of the release; found, not given
-	image   string
-	vsock   string
-	memory  int
-	cpus    int
-	timeout time.Duration
-	share   list
-	get     list
-	args    []string
+	release  string
+	root     string // of the release; found, not given
+	emulator string // the root that has the QEMU; found, too
+	image    string
+	vsock    string
+	memory   int
+	cpus     int
+	timeout  time.Duration
+	share    list
+	get      list
+	args     []string
 }
 
 func parse(args []string) (options, error) {
@@ -124,6 +125,7 @@ func parse(args []string) (options, error) {
 	flags.Var(&o.share, "share", "another `directory` that the machine is to see; may be repeated")
 	flags.Var(&o.get, "get", "`pattern` of files that are copied back; may be repeated")
 	flags.StringVar(&o.root, "root", "", "`directory` of the release; empty: made by mmdebstrap, and kept")
+	flags.StringVar(&o.emulator, "emulator", "", "`directory` of the release whose QEMU emulates the machine; empty: this machine's own where KVM can be nested, or of Debian 13, made likewise")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -150,8 +152,13 @@ func host(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+	if o.emulator == "" {
+		if o.emulator, err = emulatorRoot(ctx); err != nil {
+			return err
+		}
+	}
 	runtime.LockOSThread() // the child dies with the thread that started it
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root}, args[1:]...)...)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root, "-emulator=" + o.emulator}, args[1:]...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
