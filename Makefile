@@ -170,8 +170,10 @@ kvm-host-image: prereqs prereqs-kvm-host
 kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or trixie; GET='files to copy back'
 	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
 
-# Tests are linked statically, for they run under another release's libc.
-ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -timeout 1h'
+# Tests are linked statically, for they run under another release's libc. Fifty
+# sandboxes at once (VMSHIM_TEST_ALL) take a fifth of a GiB each.
+KVM_MEMORY  = $(if $(VMSHIM_TEST_ALL),14336,3072)
+ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -memory $(KVM_MEMORY) -timeout 1h'
 
 .PHONY: kvm-test
 kvm-test: all kvm-host-image ## what only a KVM host has, on one
@@ -196,7 +198,7 @@ test-kvm-host: kvm-host-image
 .PHONY: bench-kvm
 bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
 	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench
-	$(KVM_HOST) -memory 4096 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
+	$(KVM_HOST) -memory 8192 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
 
 # -- install -----------------------------------------------------------------
 

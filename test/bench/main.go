@@ -86,7 +86,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	local, err := daemon.NewLocal(ctx, dir, "timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
+	local, err := daemon.NewLocal(ctx, dir, "timeouts.start = '1h'", "timeouts.request = '10m'") // many start at once
 	if err != nil {
 		return nil, err
 	}
