@@ -198,7 +198,7 @@ test-kvm-host: kvm-host-image
 .PHONY: bench-kvm
 bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
 	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench
-	$(KVM_HOST) -memory 8192 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
+	$(KVM_HOST) -memory 8192 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -cycles 20 -json $(OUT)/bench-kvm.json $(BENCH)
 
 # -- install -----------------------------------------------------------------
 
