@@ -64,8 +64,7 @@ func machine(ctx context.Context, args []string) error {
 	}
 	var params []string
 	if found.Accelerator == qemu.TCG {
-		// What processors leak an emulated one does not, and not to leak it is slow.
-		params = append(clockParams(), "mitigations=off")
+		params = clockParams()
 		work.Env = append(work.Env, "VMSHIM_PATIENCE=4")
 	}
 	began := time.Now()
