@@ -5,6 +5,7 @@ import (
 	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -138,13 +139,7 @@ func newOrder(o options) (order, error) {
 	if err != nil {
 		return order{}, err
 	}
-	w := order{Args: o.args, Dir: dir, Env: environment(os.Environ())}
-	for _, pattern := range o.get {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(dir, pattern)
-		}
-		w.Files = append(w.Files, pattern)
-	}
+	w := order{Args: o.args, Dir: dir, Env: environment(os.Environ()), Files: o.files(dir)}
 	w.Mounts = []mounted{{"root", "/"}}
 	paths := append([]string{checkout(dir)}, o.share...)
 	if filepath.IsAbs(o.args[0]) && strings.HasPrefix(o.args[0], os.TempDir()) { // what go test has built
@@ -201,9 +196,12 @@ func enter(emulator string, dirs []mounted) error {
 		open = append(open, f)
 	}
 	if emulator != "/" {
-		// Only a mount can be a root; this one has nothing but files.
+		// Only a mount can be a root; this one has nothing but files, which stay.
 		if err := unix.Mount(emulator, emulator, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("bind %s: %w", emulator, err)
+		}
+		if err := unix.Mount("", emulator, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			return fmt.Errorf("make %s read-only: %w", emulator, err)
 		}
 		if err := unix.Mount("/dev", filepath.Join(emulator, "dev"), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("bind /dev: %w", err)
@@ -270,7 +268,8 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 	if err := gob.NewEncoder(conn).Encode(work); err != nil {
 		return fmt.Errorf("give order: %w", err)
 	}
-	files := map[string]bool{}
+	unix.CloseOnExec(filesFD)
+	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
 	for in := gob.NewDecoder(conn); ; {
 		var f frame
 		if err := in.Decode(&f); err != nil {
@@ -286,15 +285,31 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 		case f.Host != "":
 			up(f.Host)
 		case f.File != "":
-			if err := store(f, work.Files, !files[f.File]); err != nil {
-				return err
+			if err := files.Encode(f); err != nil {
+				return fmt.Errorf("pass on %s: %w", f.File, err)
 			}
-			files[f.File] = true
 		case f.Stream == 1:
 			_, _ = os.Stdout.Write(f.Data)
 		default:
 			_, _ = os.Stderr.Write(f.Data)
 		}
+	}
+}
+
+// storeAll writes the files whose pieces come.
+func storeAll(from io.Reader, patterns []string) error {
+	files := map[string]bool{}
+	for in := gob.NewDecoder(from); ; {
+		var f frame
+		if err := in.Decode(&f); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read files: %w", err)
+		}
+		if err := store(f, patterns, !files[f.File]); err != nil {
+			return err
+		}
+		files[f.File] = true
 	}
 }
 

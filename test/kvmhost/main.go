@@ -46,6 +46,10 @@ const (
 	serveMode   = "serve"   // in the machine
 )
 
+// filesFD is where the child writes the files that are asked for: this process
+// stores them, whose root the child has left.
+const filesFD = 3
+
 // failed is the exit status when the command has none, as of docker run and
 // others.
 const failed = 125
@@ -136,6 +140,17 @@ func parse(args []string) (options, error) {
 	return o, nil
 }
 
+// files are the patterns of what is asked for, absolute.
+func (o options) files(dir string) (patterns []string) {
+	for _, pattern := range o.get {
+		if !filepath.IsAbs(pattern) {
+			pattern = filepath.Join(dir, pattern)
+		}
+		patterns = append(patterns, pattern)
+	}
+	return patterns
+}
+
 // host finds the root file system and starts the child.
 func host(ctx context.Context, args []string) error {
 	o, err := parse(args[1:])
@@ -160,16 +175,35 @@ func host(ctx context.Context, args []string) error {
 	runtime.LockOSThread() // the child dies with the thread that started it
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root, "-emulator=" + o.emulator}, args[1:]...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	dir, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	files, child, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	cmd.ExtraFiles = []*os.File{child}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 		Setpgid:    true, // a terminal's Ctrl-C comes by way of this process
 	}
-	err = cmd.Run() // of whose namespace nobody is left when it returns
+	err = cmd.Start()
+	child.Close()
+	if err != nil {
+		files.Close()
+		return err
+	}
+	lost := storeAll(files, o.files(dir))
+	files.Close()    // the child ends at its next write, if there is one
+	err = cmd.Wait() // of whose namespace nobody is left when it returns
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("interrupted: %w", context.Cause(ctx))
+	case lost != nil:
+		return lost
 	case errors.As(err, &exit) && exit.Exited():
 		return exitStatus(exit.ExitCode())
 	}
