@@ -121,7 +121,7 @@ critest: all containerds ## CRI's conformance tests, compared with runc: FOCUS=,
 
 .PHONY: test-all
 test-all: export VMSHIM_TEST_ALL = 1
-test-all: test test-kvm test-kernel critest fuzz bench bench-kvm ## make test, then what takes longer
+test-all: test test-kvm test-kvm-crowd test-kernel critest fuzz bench bench-kvm ## make test, then what takes longer
 
 # The other kernels: that of Debian's release, and the tuned one.
 .PHONY: test-kernel
@@ -171,13 +171,20 @@ kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or tr
 	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
 
 # Tests are linked statically, for they run under another release's libc.
-ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -timeout 1h'
+ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) $(1) -timeout 1h'
 
 .PHONY: kvm-test
 kvm-test: all kvm-host-image ## what only a KVM host has, on one
 	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
 	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM'
 	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
+
+SANDBOXES ?= 50
+
+# A sandbox takes a fifth of a GiB, and a minute where the host is emulated.
+.PHONY: test-kvm-crowd
+test-kvm-crowd: all kvm-host-image ## SANDBOXES (50) that start at once on a KVM host
+	cd test/kvm && VMSHIM_SANDBOXES=$(SANDBOXES) $(call ON_KVM_HOST,-memory $(shell expr 2048 + $(SANDBOXES) \* 240)) -timeout 1h -v -run '^TestKVMSandboxesAtOnce$$'
 
 # Each suite has a host of its own, and says what that is.
 KVM_SUITES = pkg/hypervisor/qemu pkg/sandbox test/kvm test/guest test/vm test/agent test/shim test/e2e
@@ -196,7 +203,7 @@ test-kvm-host: kvm-host-image
 .PHONY: bench-kvm
 bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
 	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench
-	$(KVM_HOST) -memory 4096 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -json $(OUT)/bench-kvm.json $(BENCH)
+	$(KVM_HOST) -memory 8192 -timeout 2h -get $(OUT)/bench-kvm.json $(BIN)/bench -cycles 20 -json $(OUT)/bench-kvm.json $(BENCH)
 
 # -- install -----------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -34,6 +35,7 @@ func (r *rig) together(ctx context.Context, res *results, n int) (err error) {
 			mu.Lock()
 			defer mu.Unlock()
 			all = append(all, c)
+			fmt.Fprintf(os.Stderr, "  %d of %d sandboxes run after %.0f s\n", len(all), n, time.Since(began).Seconds())
 			return nil
 		})
 	}

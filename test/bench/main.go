@@ -91,7 +91,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	templates := filepath.Join(dir, "templates")
 	local, err := daemon.NewLocal(ctx, dir, "template_dir = '"+templates+"'",
-		"timeouts.start = '10m'", "timeouts.request = '5m'") // many start at once
+		"timeouts.start = '1h'", "timeouts.request = '10m'") // many start at once
 	if err != nil {
 		return nil, err
 	}

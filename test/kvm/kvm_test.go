@@ -52,7 +52,7 @@ func start(t *testing.T, extra ...string) *host {
 	if err := h.local.Built(); err != nil {
 		t.Fatal(err)
 	}
-	cfg := h.local.Config("debug = true", "timeouts.start = '4m'") + strings.Join(extra, "\n")
+	cfg := h.local.Config("debug = true", "timeouts.start = '1h'", "timeouts.request = '10m'") + strings.Join(extra, "\n")
 	if err := os.WriteFile(h.local.ShimConfig(), []byte(cfg), 0o600); err != nil {
 		t.Fatal(err)
 	}

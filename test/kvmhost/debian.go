@@ -62,6 +62,16 @@ func releaseRoot(ctx context.Context, release string) (string, error) {
 	return dir, err
 }
 
+// emulatorRoot is the root file system whose QEMU runs the machine. Emulators
+// older than Debian 13's err in SVM: machines that boot at once in the machine
+// hang, and its kernel panics.
+func emulatorRoot(ctx context.Context) (string, error) {
+	if nested() {
+		return "/", nil
+	}
+	return releaseRoot(ctx, "trixie")
+}
+
 // ownRelease is this machine's, as os-release(5) has it.
 func ownRelease() string {
 	text, err := os.ReadFile("/etc/os-release")

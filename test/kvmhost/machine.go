@@ -5,6 +5,7 @@ import (
 	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -39,9 +40,24 @@ func machine(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	shares, err := openShares(work.Mounts, o.root)
-	if err != nil {
-		return fmt.Errorf("make shares: %w", err)
+	shown := slices.Clone(work.Mounts)
+	shown[0].Path = o.root
+	dirs := append(slices.Clone(shown), mounted{"image", o.image})
+	if o.vsock != "" {
+		binary, err := filepath.EvalSymlinks(o.vsock)
+		if err != nil {
+			return err
+		}
+		dirs = append(dirs, mounted{"vsock", filepath.Dir(binary)})
+		o.vsock = filepath.Join(scratch, "vsock", filepath.Base(binary))
+	}
+	o.image = filepath.Join(scratch, "image")
+	if err := enter(o.emulator, dirs); err != nil {
+		return err
+	}
+	var shares []hypervisor.Share
+	for _, m := range shown {
+		shares = append(shares, hypervisor.Share{Tag: m.Tag, Dir: filepath.Join(scratch, m.Tag)})
 	}
 	cfg, found, err := probe(ctx, o)
 	if err != nil {
@@ -123,13 +139,7 @@ func newOrder(o options) (order, error) {
 	if err != nil {
 		return order{}, err
 	}
-	w := order{Args: o.args, Dir: dir, Env: environment(os.Environ())}
-	for _, pattern := range o.get {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(dir, pattern)
-		}
-		w.Files = append(w.Files, pattern)
-	}
+	w := order{Args: o.args, Dir: dir, Env: environment(os.Environ()), Files: o.files(dir)}
 	w.Mounts = []mounted{{"root", "/"}}
 	paths := append([]string{checkout(dir)}, o.share...)
 	if filepath.IsAbs(o.args[0]) && strings.HasPrefix(o.args[0], os.TempDir()) { // what go test has built
@@ -168,43 +178,69 @@ func checkout(dir string) string {
 	return dir
 }
 
-// openShares makes read-only mounts of the directories, each without what is
-// mounted below it.
-func openShares(mounts []mounted, root string) ([]hypervisor.Share, error) {
+// enter moves this process to the root file system of the emulator, whose
+// programs it finds there. What the machine is to see is taken along: read-only
+// mounts of the directories, each without what is mounted below it, in scratch by
+// their tags.
+func enter(emulator string, dirs []mounted) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return nil, fmt.Errorf("make mounts private: %w", err)
+		return fmt.Errorf("make mounts private: %w", err)
 	}
-	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil { // of this pid namespace
-		return nil, fmt.Errorf("mount proc: %w", err)
-	}
-	var dirs []*os.File // opened before something is mounted over them
-	for i, m := range mounts {
-		dir := m.Path
-		if i == 0 {
-			dir = root
-		}
-		f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	var open []*os.File // before something is mounted over them
+	for _, m := range dirs {
+		f, err := os.OpenFile(m.Path, unix.O_PATH|unix.O_DIRECTORY, 0)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		defer f.Close()
-		dirs = append(dirs, f)
+		open = append(open, f)
 	}
-	if err := unix.Mount("tmpfs", scratch, "tmpfs", 0, "mode=0755"); err != nil {
-		return nil, fmt.Errorf("mount %s: %w", scratch, err)
-	}
-	if err := os.Mkdir(filepath.Join(scratch, "vm"), 0o755); err != nil {
-		return nil, err
-	}
-	var shares []hypervisor.Share
-	for i, m := range mounts {
-		at := filepath.Join(scratch, m.Tag)
-		if err := bindReadOnly(dirs[i], at); err != nil {
-			return nil, fmt.Errorf("%s: %w", m.Path, err)
+	if emulator != "/" {
+		// Only a mount can be a root; this one has nothing but files, which stay.
+		if err := unix.Mount(emulator, emulator, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", emulator, err)
 		}
-		shares = append(shares, hypervisor.Share{Tag: m.Tag, Dir: at})
+		if err := unix.Mount("", emulator, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			return fmt.Errorf("make %s read-only: %w", emulator, err)
+		}
+		if err := unix.Mount("/dev", filepath.Join(emulator, "dev"), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("bind /dev: %w", err)
+		}
 	}
-	return shares, nil
+	if err := unix.Mount("proc", filepath.Join(emulator, "proc"), "proc", 0, ""); err != nil { // of this pid namespace
+		return fmt.Errorf("mount proc: %w", err)
+	}
+	at := filepath.Join(emulator, scratch)
+	if err := unix.Mount("tmpfs", at, "tmpfs", 0, "mode=0755"); err != nil {
+		return fmt.Errorf("mount %s: %w", at, err)
+	}
+	if err := os.Mkdir(filepath.Join(at, "vm"), 0o755); err != nil {
+		return err
+	}
+	for i, m := range dirs {
+		if err := bindReadOnly(open[i], filepath.Join(at, m.Tag)); err != nil {
+			return fmt.Errorf("%s: %w", m.Path, err)
+		}
+	}
+	if emulator == "/" {
+		return nil
+	}
+	return pivot(emulator)
+}
+
+// pivot makes a directory the root, as pivot_root(2) has it. After a chroot
+// virtiofsd could not make a root of its own.
+func pivot(dir string) error {
+	if err := unix.Chdir(dir); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot root to %s: %w", dir, err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil { // the old one
+		return fmt.Errorf("unmount: %w", err)
+	}
+	return unix.Chdir("/")
 }
 
 func bindReadOnly(dir *os.File, at string) error {
@@ -232,7 +268,8 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 	if err := gob.NewEncoder(conn).Encode(work); err != nil {
 		return fmt.Errorf("give order: %w", err)
 	}
-	files := map[string]bool{}
+	unix.CloseOnExec(filesFD)
+	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
 	for in := gob.NewDecoder(conn); ; {
 		var f frame
 		if err := in.Decode(&f); err != nil {
@@ -248,15 +285,31 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 		case f.Host != "":
 			up(f.Host)
 		case f.File != "":
-			if err := store(f, work.Files, !files[f.File]); err != nil {
-				return err
+			if err := files.Encode(f); err != nil {
+				return fmt.Errorf("pass on %s: %w", f.File, err)
 			}
-			files[f.File] = true
 		case f.Stream == 1:
 			_, _ = os.Stdout.Write(f.Data)
 		default:
 			_, _ = os.Stderr.Write(f.Data)
 		}
+	}
+}
+
+// storeAll writes the files whose pieces come.
+func storeAll(from io.Reader, patterns []string) error {
+	files := map[string]bool{}
+	for in := gob.NewDecoder(from); ; {
+		var f frame
+		if err := in.Decode(&f); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read files: %w", err)
+		}
+		if err := store(f, patterns, !files[f.File]); err != nil {
+			return err
+		}
+		files[f.File] = true
 	}
 }
 

@@ -46,6 +46,10 @@ const (
 	serveMode   = "serve"   // in the machine
 )
 
+// filesFD is where the child writes the files that are asked for: this process
+// stores them, whose root the child has left.
+const filesFD = 3
+
 // failed is the exit status when the command has none, as of docker run and
 // others.
 const failed = 125
@@ -100,16 +104,17 @@ func (l *list) String() string     { return strings.Join(*l, " ") }
 func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 type options struct {
-	release string
-	root    string // of the release; found, not given
-	image   string
-	vsock   string
-	memory  int
-	cpus    int
-	timeout time.Duration
-	share   list
-	get     list
-	args    []string
+	release  string
+	root     string // of the release; found, not given
+	emulator string // the root that has the QEMU; found, too
+	image    string
+	vsock    string
+	memory   int
+	cpus     int
+	timeout  time.Duration
+	share    list
+	get      list
+	args     []string
 }
 
 func parse(args []string) (options, error) {
@@ -124,6 +129,7 @@ func parse(args []string) (options, error) {
 	flags.Var(&o.share, "share", "another `directory` that the machine is to see; may be repeated")
 	flags.Var(&o.get, "get", "`pattern` of files that are copied back; may be repeated")
 	flags.StringVar(&o.root, "root", "", "`directory` of the release; empty: made by mmdebstrap, and kept")
+	flags.StringVar(&o.emulator, "emulator", "", "`directory` of the release whose QEMU emulates the machine; empty: this machine's own where KVM can be nested, or of Debian 13, made likewise")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -132,6 +138,17 @@ func parse(args []string) (options, error) {
 		return o, errors.New("usage: kvmhost -image DIR [flags] COMMAND [ARGUMENT…]; kvmhost -h lists the flags")
 	}
 	return o, nil
+}
+
+// files are the patterns of what is asked for, absolute.
+func (o options) files(dir string) (patterns []string) {
+	for _, pattern := range o.get {
+		if !filepath.IsAbs(pattern) {
+			pattern = filepath.Join(dir, pattern)
+		}
+		patterns = append(patterns, pattern)
+	}
+	return patterns
 }
 
 // host finds the root file system and starts the child.
@@ -150,19 +167,43 @@ func host(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+	if o.emulator == "" {
+		if o.emulator, err = emulatorRoot(ctx); err != nil {
+			return err
+		}
+	}
 	runtime.LockOSThread() // the child dies with the thread that started it
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root}, args[1:]...)...)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root, "-emulator=" + o.emulator}, args[1:]...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	dir, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	files, child, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	cmd.ExtraFiles = []*os.File{child}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 		Setpgid:    true, // a terminal's Ctrl-C comes by way of this process
 	}
-	err = cmd.Run() // of whose namespace nobody is left when it returns
+	err = cmd.Start()
+	child.Close()
+	if err != nil {
+		files.Close()
+		return err
+	}
+	lost := storeAll(files, o.files(dir))
+	files.Close()    // the child ends at its next write, if there is one
+	err = cmd.Wait() // of whose namespace nobody is left when it returns
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("interrupted: %w", context.Cause(ctx))
+	case lost != nil:
+		return lost
 	case errors.As(err, &exit) && exit.Exited():
 		return exitStatus(exit.ExitCode())
 	}
