@@ -178,6 +178,7 @@ kvm-test: all kvm-host-image ## what only a KVM host has, on one
 	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
 	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM'
 	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/shim && $(ON_KVM_HOST) -run '^TestShimTemplate$$'
 
 SANDBOXES ?= 50
 

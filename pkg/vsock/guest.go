@@ -5,14 +5,16 @@ import (
 	"net"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 )
 
 // ListenGuest listens on a port of this guest and accepts only connections
 // whose peer is the host: the agent protocol has no authentication, and
 // workloads can open vsock.
 func ListenGuest(port uint32) (net.Listener, error) {
-	// Bound to every context id: this guest's own may change when it is restored.
-	l, err := vsock.Listen(port, nil)
+	// Bound to every context id: this guest has another when it goes on from a
+	// template.
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, port, nil)
 	if err != nil {
 		return nil, fmt.Errorf("listen on vsock port %d: %w", port, err)
 	}
