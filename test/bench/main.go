@@ -36,6 +36,7 @@ func run() int {
 		runs     = flag.Int("runs", 5, "`times` that each thing is measured; the median counts")
 		cycles   = flag.Int("cycles", 200, "`times` that a container is created, started, killed and deleted; execs are five times as many")
 		crowded  = flag.Int("sandboxes", 20, "`number` of sandboxes that are started at once")
+		restored = flag.Bool("templates", false, "have machines go on from templates in all parts but start")
 		only     = flag.String("only", "", "comma-separated `parts` to measure: start, template, exec, stdio, memory, pod, network, crowd, execs, cycles")
 	)
 	flag.Parse()
@@ -43,7 +44,7 @@ func run() int {
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Hour)
 	defer cancel()
-	results, err := bench(ctx, *runs, *cycles, *crowded, *only)
+	results, err := bench(ctx, *runs, *cycles, *crowded, *restored, *only)
 	if results != nil { // a part may have failed
 		results.print(os.Stdout)
 		err = errors.Join(err, results.verdict())
@@ -61,9 +62,8 @@ func run() int {
 // A rig is what everything is measured on.
 type rig struct {
 	*daemon.Daemon
-	local *daemon.Local
-	// templates is the directory for them, empty but while starts from them are measured.
-	templates string
+	local     *daemon.Local
+	templates string // the directory for them
 	runs      int
 	ids       atomic.Int64
 	target
@@ -83,7 +83,7 @@ var targets = map[string]target{
 	qemu.KVM: {start: 1.15, exec: 1, host: 60},
 }
 
-func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *results, err error) {
+func bench(ctx context.Context, runs, cycles, sandboxes int, restored bool, only string) (_ *results, err error) {
 	dir, err := os.MkdirTemp("", "vmbench")
 	if err != nil {
 		return nil, err
@@ -108,11 +108,16 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, only string) (_ *re
 	defer func() { err = errors.Join(err, r.clear()) }()
 	res := &results{Host: r.host(ctx)}
 	r.target = targets[res.Host["kind"]]
+	if restored {
+		if err := local.MakeTemplates(ctx); err != nil {
+			return nil, err
+		}
+	}
 	for _, part := range []struct {
 		name string
 		f    func(context.Context, *results) error
 	}{
-		{"start", r.start},
+		{"start", r.withoutTemplates(r.start)},
 		{"template", r.startFromTemplate},
 		{"exec", r.exec},
 		{"stdio", r.stdio},

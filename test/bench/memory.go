@@ -142,9 +142,10 @@ func (r *rig) shares(pid int) (own, image, guest float64, err error) {
 	return own, image, guest, lines.Err()
 }
 
-// guestMapping is how the kernel shows the guest's memory, by the name that QEMU
-// gives its file; mappingLine begins what smaps(5) has of a mapping.
-const guestMapping = "memfd:memory-backend-memfd"
+// guestMapping is how the kernel shows the guest's memory, by the beginning of the
+// names that QEMU and the shim give its file; mappingLine begins what smaps(5) has
+// of a mapping.
+const guestMapping = "memfd:memory"
 
 var mappingLine = regexp.MustCompile(`^[0-9a-f]+-[0-9a-f]+ `)
 

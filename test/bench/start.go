@@ -5,8 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -72,13 +72,27 @@ func (r *rig) start(ctx context.Context, res *results) error {
 	return nil
 }
 
+// withoutTemplates has machines boot while a part is measured.
+func (r *rig) withoutTemplates(part func(context.Context, *results) error) func(context.Context, *results) error {
+	return func(ctx context.Context, res *results) (err error) {
+		aside := r.templates + ".aside"
+		if err := os.Rename(r.templates, aside); errors.Is(err, fs.ErrNotExist) {
+			return part(ctx, res)
+		} else if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, os.Rename(aside, r.templates)) }()
+		return part(ctx, res)
+	}
+}
+
 // startFromTemplate is start, with machines that go on from a template.
 func (r *rig) startFromTemplate(ctx context.Context, res *results) (err error) {
-	makeTemplates := exec.CommandContext(ctx, filepath.Join(r.local.ShimDir(), "vmshim"), "make-templates", "--config", r.local.ShimConfig())
-	makeTemplates.Env = append(os.Environ(), "PATH="+r.local.ShimDir()+":"+os.Getenv("PATH"))
-	defer func() { err = errors.Join(err, os.RemoveAll(r.templates)) }()
-	if out, err := makeTemplates.CombinedOutput(); err != nil {
-		return fmt.Errorf("make templates: %w: %s", err, out)
+	if _, err := os.Stat(r.templates); errors.Is(err, fs.ErrNotExist) {
+		defer func() { err = errors.Join(err, os.RemoveAll(r.templates)) }()
+		if err := r.local.MakeTemplates(ctx); err != nil {
+			return err
+		}
 	}
 	var bare, shim []time.Duration
 	for range r.runs {

@@ -58,6 +58,16 @@ func (l *Local) Config(extra ...string) string {
 		l.StateDir(), strings.Join(extra, "\n"), l.Kernel(), l.Initrd())
 }
 
+// MakeTemplates makes those of the shim's configuration.
+func (l *Local) MakeTemplates(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, filepath.Join(l.ShimDir(), "vmshim"), "make-templates", "--config", l.ShimConfig())
+	cmd.Env = append(os.Environ(), "PATH="+l.ShimDir()+":"+os.Getenv("PATH"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("make templates: %w: %s", err, out)
+	}
+	return nil
+}
+
 // Start runs a containerd of the generation with the image imported.
 func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {
 	return l.start(ctx, generation, nil)

@@ -32,6 +32,10 @@ func TestKVMSandboxesAtOnce(t *testing.T) {
 	needMemory(t, n*240)
 	h := start(t, "memory_mib = 160")
 	ctx := within(t, limit)
+	// Context ids are what this is about, not boots.
+	if err := h.local.MakeTemplates(ctx); err != nil {
+		t.Fatal(err)
+	}
 	var ids []string
 	for i := range n {
 		ids = append(ids, fmt.Sprintf("kvm-crowd-%d", i))

@@ -2,7 +2,6 @@ package shim
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -16,7 +15,7 @@ import (
 // that booted, and have nothing in common that is to be their own.
 func TestShimTemplate(t *testing.T) {
 	h := newHost(t, "template_dir = '"+t.TempDir()+"'")
-	h.makeTemplates()
+	h.must(h.local.MakeTemplates(h.Context()))
 	p := h.lan().pod("a", 2)
 	a := h.bundle("a", "sleep", "1000").joins(p).run()
 	b := h.bundle("b", "sleep", "1000").run()
@@ -48,7 +47,7 @@ func TestShimTemplate(t *testing.T) {
 func TestShimTemplateFaults(t *testing.T) {
 	dir := t.TempDir()
 	h := newHost(t, "template_dir = '"+dir+"'")
-	h.makeTemplates()
+	h.must(h.local.MakeTemplates(h.Context()))
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(files) != 2 {
 		t.Fatalf("templates %q, %v", files, err)
@@ -78,14 +77,5 @@ func TestShimTemplateFaults(t *testing.T) {
 			c.shutdown()
 			h.wantNothing()
 		})
-	}
-}
-
-func (h *host) makeTemplates() {
-	h.Helper()
-	cmd := exec.CommandContext(h.Context(), filepath.Join(h.local.ShimDir(), "vmshim"), "make-templates", "--config", h.local.ShimConfig())
-	cmd.Env = append(os.Environ(), "PATH="+h.local.ShimDir()+":"+os.Getenv("PATH"))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		h.Fatalf("make templates: %v: %s", err, out)
 	}
 }
