@@ -65,7 +65,7 @@ func (m *machine) Done() <-chan struct{}       { return m.done }
 func (m *machine) Err() error                  { return errors.New("qemu: killed: \"last words\"") }
 func (m *machine) Console() string             { return "\"last words\"" }
 func (m *machine) Examine()                    {}
-func (m *machine) Restored() bool              { return false }
+func (m *machine) Restored() bool              { return m.env.restored }
 
 func (m *machine) Processes() []hypervisor.Process {
 	return []hypervisor.Process{m.proc}
@@ -96,13 +96,14 @@ type env struct {
 	peer *agenttest.Peer
 
 	// For the test to change before start.
-	silent  bool              // the guest never says that it is ready
-	startVM func() error      // fails the start of the machine
-	plugNIC error             // of every card
-	opts    Options           // of the next sandbox
-	point   func(what string) // told of each step that can be seen from outside
-	oom     func(id string)   // OnOOM
-	program func(*agenttest.Process) int
+	silent   bool              // the guest never says that it is ready
+	restored bool              // the guest goes on from a template
+	startVM  func() error      // fails the start of the machine
+	plugNIC  error             // of every card
+	opts     Options           // of the next sandbox
+	point    func(what string) // told of each step that can be seen from outside
+	oom      func(id string)   // OnOOM
+	program  func(*agenttest.Process) int
 
 	mu       sync.Mutex
 	machines []*machine
