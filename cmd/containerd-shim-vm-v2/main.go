@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 
 	"github.com/containerd/log"
@@ -47,14 +48,21 @@ func startVM(ctx context.Context, cfg qemu.Config, spec hypervisor.Spec, opts sa
 	for _, w := range host.Warnings {
 		log.G(ctx).Warn(w)
 	}
-	vm, err := qemu.Start(ctx, spec, qemu.Options{
+	how := qemu.Options{
 		Config:   cfg,
 		Host:     host,
 		Dir:      opts.Dir,
 		Env:      opts.Env,
 		Started:  opts.Started,
 		CgroupFD: opts.CgroupFD,
-	})
+	}
+	vm, err := qemu.Start(ctx, spec, how)
+	var unusable *qemu.TemplateError
+	if errors.As(err, &unusable) && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Warn("the machine boots")
+		how.Config.TemplateDir = ""
+		vm, err = qemu.Start(ctx, spec, how)
+	}
 	if err != nil {
 		return nil, err // not vm: a nil *qemu.VM is not a nil Machine
 	}

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -8,31 +9,39 @@ import (
 	"testing"
 	"time"
 
-	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// TestShimTemplate has two machines go on from one template: they work as those
-// that booted, and have nothing in common that is to be their own.
+// TestShimTemplate has machines go on from templates.
 func TestShimTemplate(t *testing.T) {
 	h := newHost(t, "template_dir = '"+t.TempDir()+"'")
 	h.must(h.local.MakeTemplates(h.Context()))
-	p := h.lan().pod("a", 2)
+	l := h.lan()
+	h.twoOfOneTemplate(l)
+	h.podFromTemplate(l)
+}
+
+// twoOfOneTemplate work as machines that booted, and have nothing in common that
+// is to be their own.
+func (h *host) twoOfOneTemplate(l *lan) {
+	h.Helper()
+	p := l.pod("a", 2)
 	a := h.bundle("a", "sleep", "1000").joins(p).run()
 	b := h.bundle("b", "sleep", "1000").run()
 	for _, c := range []*tasks{a, b} {
 		if h.find("guest="+c.id+",") == 0 || h.find("-incoming\x00defer") == 0 {
-			t.Errorf("%s was booted", c.id)
+			h.Errorf("%s was booted", c.id)
 		}
 		began := time.Now()
 		seconds, err := strconv.ParseInt(strings.TrimSpace(c.sh("date +%s")), 10, 64)
 		if now := time.Unix(seconds, 0); err != nil || now.Before(began.Add(-2*time.Second)) || now.After(time.Now().Add(2*time.Second)) {
-			t.Errorf("%s has the time %v, %v at %v", c.id, now, err, began)
+			h.Errorf("%s has the time %v, %v at %v", c.id, now, err, began)
 		}
 	}
 	for _, what := range []string{"/dev/urandom", "/proc/sys/kernel/random/boot_id", "/proc/sys/kernel/random/uuid"} {
 		command := "head -c 32 " + what + " | sha256sum"
 		if a.sh(command) == b.sh(command) {
-			t.Errorf("both have the same %s", what)
+			h.Errorf("both have the same %s", what)
 		}
 	}
 	a.has("ip addr show eth0", podMAC(2), "inet 10.77.0.2/24")
@@ -42,8 +51,29 @@ func TestShimTemplate(t *testing.T) {
 	b.end()
 }
 
-// A template that can't be used is an error that names it, not a machine that
-// does something else.
+// podFromTemplate grows with its containers, as one that booted.
+func (h *host) podFromTemplate(l *lan) {
+	h.Helper()
+	p := l.pod("c", 3)
+	pod := h.bundle("pod", "sleep", "1000").annotate("sandbox", "pod").joins(p).run()
+	if h.find("-incoming\x00defer") == 0 {
+		h.Error("the pod was booted")
+	}
+	c := h.bundle("c", "sleep", "1000").annotate("container", "pod").joins(p)
+	limit := int64(256 << 20)
+	c.spec.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}
+	c.run()
+	total, err := strconv.Atoi(strings.TrimSpace(c.sh("sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo")))
+	if err != nil || total < 400<<10 {
+		h.Errorf("a guest of 256 MiB has %d KiB with a container of as much beside it: %v", total, err)
+	}
+	c.has("ping -c 3 -W 10 10.77.0.1", "3 packets received")
+	c.end()
+	pod.end()
+	p.clean(h)
+}
+
+// Where a template can't be used the machine boots, and the log says why.
 func TestShimTemplateFaults(t *testing.T) {
 	dir := t.TempDir()
 	h := newHost(t, "template_dir = '"+dir+"'")
@@ -56,25 +86,28 @@ func TestShimTemplateFaults(t *testing.T) {
 		name, want string
 		spoil      func(path string) error
 	}{
-		{"open", "can be written by others", func(path string) error { return os.Chmod(path, 0o666) }},
-		{"cut", "load template", func(path string) error {
-			if err := os.Chmod(path, 0o600); err != nil {
+		{"open", "can write to it", func(path string) error { return os.Chmod(path, 0o666) }},
+		{"cut", "load of migration failed", func(path string) error {
+			info, err := os.Stat(path)
+			if err != nil {
 				return err
 			}
-			return os.Truncate(path, 1<<20)
+			return errors.Join(os.Chmod(path, 0o600), os.Truncate(path, info.Size()-1000))
 		}},
-		{"no", "load template", func(path string) error { return os.WriteFile(path, []byte("junk\n"), 0o600) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, path := range files {
 				h.must(tt.spoil(path))
 			}
-			c := h.bundle(tt.name, "true").start()
-			_, err := c.Create(c.ctx(), &taskapi.CreateTaskRequest{ID: c.id, Bundle: c.bundle})
-			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Create: %v, want %q in it", err, tt.want)
+			c := h.bundle(tt.name, "sleep", "1000").run()
+			if h.look("-incoming\x00defer") != 0 {
+				t.Error("the machine goes on from the template")
 			}
-			c.shutdown()
+			if log := c.logText(); !strings.Contains(log, tt.want) {
+				t.Errorf("no %q in the log: %s", tt.want, log)
+			}
+			c.has("echo works", "works")
+			c.end()
 			h.wantNothing()
 		})
 	}

@@ -25,8 +25,9 @@ import (
 const qmpSocket = "qmp"
 
 // Start runs the machine. It returns when QEMU answers on QMP and the vCPUs
-// run; the guest is then booting. On error or cancel nothing is left, and the
-// error has what QEMU and its helpers said.
+// run; the guest is then booting, or goes on from a template. On error or cancel
+// nothing is left, and the error has what QEMU and its helpers said; a
+// *TemplateError is that of a machine which could still boot.
 func Start(ctx context.Context, spec hypervisor.Spec, opts Options) (*VM, error) {
 	if err := opts.validate(spec); err != nil {
 		return nil, fmt.Errorf("start machine: %w: %w", err, errdefs.ErrInvalidArgument)
@@ -64,10 +65,10 @@ func (vm *VM) startError(ctx context.Context, err error) error {
 	vm.mu.Lock()
 	exit := vm.exitErrorLocked()
 	vm.mu.Unlock()
-	var template *templateError
+	var template *TemplateError
 	switch {
 	case errors.Is(err, errGone) && errors.As(err, &template):
-		return &templateError{template.path, exit}
+		return &TemplateError{template.Path, exit}
 	case errors.Is(err, errGone):
 		return exit
 	case ctx.Err() != nil && len(exit.Output) > 0:
@@ -95,7 +96,7 @@ func (vm *VM) boot(ctx context.Context) error {
 	}
 	template, err := vm.openTemplate()
 	if err != nil {
-		return fmt.Errorf("template: %w", err)
+		return err
 	}
 	if template != nil {
 		defer template.Close()
@@ -170,7 +171,7 @@ func (vm *VM) boot(ctx context.Context) error {
 		return nil
 	}
 	if err := filling.Wait(); err != nil {
-		return &templateError{template.Name(), err}
+		return &TemplateError{template.Name(), err}
 	}
 	return vm.assemble(ctx, template, back)
 }

@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -92,6 +93,8 @@ func processor() (string, error) {
 	return strings.Join(about, ""), nil
 }
 
+var errOthers = fmt.Errorf("others than its owner can write to it: %w", errdefs.ErrPermissionDenied)
+
 // openTemplate returns nil when the machine has to boot.
 func (vm *VM) openTemplate() (*os.File, error) {
 	path, err := vm.opts.Config.templateFile(vm.spec, *vm.opts.Host)
@@ -103,12 +106,12 @@ func (vm *VM) openTemplate() (*os.File, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, &TemplateError{path, err}
 	}
 	// Who can write to it owns the guest.
 	if info, err := f.Stat(); err != nil || !ours(info) {
 		f.Close()
-		return nil, errors.Join(err, fmt.Errorf("%s can be written by others: %w", path, errdefs.ErrPermissionDenied))
+		return nil, &TemplateError{path, cmp.Or(err, errOthers)}
 	}
 	return f, nil
 }
@@ -122,7 +125,7 @@ func (vm *VM) Restored() bool { return vm.restored }
 func (vm *VM) assemble(ctx context.Context, template, back *os.File) error {
 	if template != nil {
 		if err := vm.migrate(ctx, "migrate-incoming", template); err != nil {
-			return &templateError{template.Name(), vm.orGone(ctx, err)}
+			return &TemplateError{template.Name(), vm.orGone(ctx, err)}
 		}
 		vm.restored = true
 	}
@@ -140,17 +143,19 @@ func (vm *VM) assemble(ctx context.Context, template, back *os.File) error {
 	return nil
 }
 
-// A templateError is that of a template which QEMU does not take.
-type templateError struct {
-	path string
-	err  error
+// A TemplateError is that of a template which can't be used: the machine could
+// still boot.
+type TemplateError struct {
+	Path string
+	Err  error
 }
 
-func (e *templateError) Error() string {
-	return fmt.Sprintf("load template %s ('vmshim make-templates' makes it anew): %v", e.path, e.err)
+func (e *TemplateError) Error() string {
+	return fmt.Sprintf("load template %s ('vmshim make-templates' makes it anew): %v", e.Path, e.Err)
 }
 
-func (e *templateError) Unwrap() error { return e.err }
+// Unwrap gives the cause.
+func (e *TemplateError) Unwrap() error { return e.Err }
 
 // memorySize is that of a machine before it grows, in bytes.
 func memorySize(spec hypervisor.Spec) int64 { return int64(spec.MemoryMiB) << 20 }
