@@ -330,6 +330,10 @@ func MakeTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (path
 	if err := vm.freeze(ctx, file); err != nil {
 		return "", errors.Join(err, vm.orReason(ctx))
 	}
+	// A hole that a crash leaves in it would be memory of the guest.
+	if err := file.Sync(); err != nil {
+		return "", err
+	}
 	return path, os.Rename(file.Name(), path)
 }
 
