@@ -62,9 +62,9 @@ func releaseRoot(ctx context.Context, release string) (string, error) {
 	return dir, err
 }
 
-// emulatorRoot is the root file system whose QEMU runs the machine. Emulators
-// older than Debian 13's err in SVM: machines that boot at once in the machine
-// hang, and its kernel panics.
+// emulatorRoot is the root file system whose QEMU runs the machine. Debian 12's
+// was seen to err in SVM: machines that boot at once in the machine hang, and its
+// kernel panics.
 func emulatorRoot(ctx context.Context) (string, error) {
 	if nested() {
 		return "/", nil
