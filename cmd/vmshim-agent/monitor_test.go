@@ -20,7 +20,7 @@ func TestCalmMonitor(t *testing.T) {
 	for _, thread := range threads {
 		id := filepath.Base(thread)
 		slack, err := os.ReadFile("/proc/" + id + "/timerslack_ns")
-		if err == nil && strings.TrimSpace(string(slack)) == "5000000" {
+		if err == nil && strings.TrimSpace(string(slack)) == "2000000" {
 			calm++
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 	"time"
 
@@ -46,16 +47,11 @@ func newPatient(fd int, name string) (*patient, error) {
 	if err == nil {
 		p.raw, err = p.file.SyscallConn()
 	}
-	if err == nil {
-		p.in, err = newGate(fd, unix.EPOLLIN|unix.EPOLLRDHUP)
-	}
-	if err == nil {
-		p.out, err = newGate(fd, unix.EPOLLOUT)
-	}
 	if err != nil {
-		_ = p.Close()
+		_ = p.file.Close()
 		return nil, fmt.Errorf("watch %s: %w", name, err)
 	}
+	p.in.events, p.out.events = unix.EPOLLIN|unix.EPOLLRDHUP, unix.EPOLLOUT
 	return p, nil
 }
 
@@ -136,10 +132,10 @@ func ready(fd int, events int16) bool {
 func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // SetReadDeadline ends waits for input.
-func (p *patient) SetReadDeadline(t time.Time) error { return p.in.epoll.SetDeadline(t) }
+func (p *patient) SetReadDeadline(t time.Time) error { return p.in.setDeadline(t) }
 
 // SetWriteDeadline ends waits for output.
-func (p *patient) SetWriteDeadline(t time.Time) error { return p.out.epoll.SetDeadline(t) }
+func (p *patient) SetWriteDeadline(t time.Time) error { return p.out.setDeadline(t) }
 
 // SetDeadline ends waits.
 func (p *patient) SetDeadline(t time.Time) error {
@@ -156,31 +152,62 @@ func (p *patient) Close() error {
 
 // A gate is where a goroutine waits for one event of a file by Go's scheduler,
 // which is told of it by way of an epoll instance, and only as long as one waits.
+// Most files are never waited for in one of their directions, and have none for it.
 type gate struct {
 	events uint32
-	epoll  *os.File
-	raw    syscall.RawConn
+
+	mu       sync.Mutex
+	epoll    *os.File  // guarded by mu; nil: nobody has waited yet
+	deadline time.Time // guarded by mu
+	closed   bool      // guarded by mu
 }
 
-func newGate(fd int, events uint32) (g gate, err error) {
+// open returns the epoll instance.
+func (g *gate) open(file syscall.RawConn) (*os.File, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return nil, os.ErrClosed
+	}
+	if g.epoll != nil {
+		return g.epoll, nil
+	}
 	e, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
-		return g, os.NewSyscallError("epoll_create1", err)
+		return nil, os.NewSyscallError("epoll_create1", err)
 	}
 	_ = unix.SetNonblock(e, true)
-	g.events, g.epoll = events|unix.EPOLLONESHOT, os.NewFile(uintptr(e), "epoll")
-	if err := unix.EpollCtl(e, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT}); err != nil {
-		return g, os.NewSyscallError("epoll_ctl", err)
+	epoll := os.NewFile(uintptr(e), "epoll")
+	closed := file.Control(func(fd uintptr) {
+		err = unix.EpollCtl(e, unix.EPOLL_CTL_ADD, int(fd), &unix.EpollEvent{Events: unix.EPOLLONESHOT})
+	})
+	if closed != nil {
+		err = os.ErrClosed
 	}
-	g.raw, err = g.epoll.SyscallConn()
-	return g, err
+	if err == nil {
+		err = epoll.SetDeadline(g.deadline)
+	}
+	if err != nil {
+		epoll.Close()
+		return nil, os.NewSyscallError("epoll_ctl", err)
+	}
+	g.epoll = epoll
+	return epoll, nil
 }
 
 // wait returns when the file may be ready, or with os.ErrDeadlineExceeded or
 // os.ErrClosed.
 func (g *gate) wait(file syscall.RawConn) error {
+	epoll, err := g.open(file)
+	if err != nil {
+		return err
+	}
+	raw, err := epoll.SyscallConn()
+	if err != nil {
+		return err
+	}
 	armed := false
-	err := g.raw.Read(func(e uintptr) bool {
+	err = raw.Read(func(e uintptr) bool {
 		if !armed {
 			armed = true
 			_ = file.Control(func(fd uintptr) {
@@ -196,7 +223,23 @@ func (g *gate) wait(file syscall.RawConn) error {
 	return err
 }
 
+func (g *gate) setDeadline(t time.Time) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return os.ErrClosed
+	}
+	g.deadline = t
+	if g.epoll == nil {
+		return nil
+	}
+	return g.epoll.SetDeadline(t)
+}
+
 func (g *gate) close() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
 	if g.epoll == nil {
 		return nil
 	}
