@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -148,28 +147,27 @@ func (r *report) machine(ctx context.Context, cfg config.Config) {
 		r.add("machine", statusWarning, "%s", w)
 	}
 	if err == nil {
-		r.templates(cfg, *host)
+		r.templates(cfg, host)
 	}
 }
 
 // templates says which sandboxes need not boot. What is wrong with the files of
 // the guest is told of these.
-func (r *report) templates(cfg config.Config, host qemu.Host) {
+func (r *report) templates(cfg config.Config, host *qemu.Host) {
+	list, err := findTemplates(cfg, host)
+	if err != nil {
+		return
+	}
 	var found []string
-	for kind, spec := range cfg.Sandbox.Machines() {
-		t, err := qemu.FindTemplate(spec, cfg.QEMU, host)
-		if err != nil {
-			return
-		}
+	for _, t := range list {
 		if t.Path != "" {
-			found = append(found, kind)
+			found = append(found, t.For)
 		}
 	}
 	if len(found) == 0 {
 		r.add("templates", statusOK, "none: every machine boots ('vmshim make-templates' changes that)")
 		return
 	}
-	slices.Sort(found)
 	r.add("templates", statusOK, "for a %s without limits, in %s", strings.Join(found, " and a "), cfg.QEMU.TemplateDir)
 }
 

@@ -43,19 +43,30 @@ func (c *call) machine(ctx context.Context) (config.Config, *qemu.Host, error) {
 	return cfg, host, err
 }
 
-func (c *call) printTemplates(cfg config.Config, host *qemu.Host) error {
-	list := []template{}
-	rows := [][]string{{"FOR", "MADE", "MIB", "FILE"}}
+// findTemplates looks for that of each kind of sandbox.
+func findTemplates(cfg config.Config, host *qemu.Host) ([]template, error) {
+	var list []template
 	machines := cfg.Sandbox.Machines()
 	for _, kind := range slices.Sorted(maps.Keys(machines)) {
 		t, err := qemu.FindTemplate(machines[kind], cfg.QEMU, *host)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		list = append(list, template{kind, t.Path, t.Size, t.Made})
-		row := []string{kind, "-", "-", "-"}
+	}
+	return list, nil
+}
+
+func (c *call) printTemplates(cfg config.Config, host *qemu.Host) error {
+	list, err := findTemplates(cfg, host)
+	if err != nil {
+		return err
+	}
+	rows := [][]string{{"FOR", "MADE", "MIB", "FILE"}}
+	for _, t := range list {
+		row := []string{t.For, "-", "-", "-"}
 		if t.Path != "" {
-			row = []string{kind, t.Made.Format(time.DateTime), fmt.Sprint(t.Size >> 20), t.Path}
+			row = []string{t.For, t.Made.Format(time.DateTime), fmt.Sprint(t.Size >> 20), t.Path}
 		}
 		rows = append(rows, row)
 	}

@@ -231,8 +231,18 @@ func (l *lent) do(ctx context.Context) error {
 	return nil
 }
 
-// taken is called when the command that takes the files has succeeded.
-func (l *lent) taken() { l.held = nil }
+// takenBy is the step whose command takes the files when it succeeds.
+func (l *lent) takenBy(s step) step {
+	do := s.do
+	s.do = func(ctx context.Context) error {
+		err := do(ctx)
+		if err == nil {
+			l.held = nil
+		}
+		return err
+	}
+	return s
+}
 
 // undo closes what QEMU still has: a command that failed may have taken some.
 func (l *lent) undo(ctx context.Context) error {

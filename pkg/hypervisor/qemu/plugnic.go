@@ -66,18 +66,12 @@ func (vm *VM) netdev(p *plug, files *lent, taps, vhost []*os.File) step {
 	if len(vhost) > 0 {
 		args["vhost"], args["vhostfds"] = true, lend("vhost", vhost)
 	}
-	return step{
-		do: func(ctx context.Context) error {
-			err := vm.qmp.Execute(ctx, "netdev_add", args, nil)
-			if err == nil {
-				files.taken()
-			}
-			return err
-		},
+	return files.takenBy(step{
+		do: func(ctx context.Context) error { return vm.qmp.Execute(ctx, "netdev_add", args, nil) },
 		undo: func(ctx context.Context) error {
 			return vm.qmp.Execute(ctx, "netdev_del", properties{"id": p.backend()}, nil)
 		},
-	}
+	})
 }
 
 func (vm *VM) nic(p *plug, nic hypervisor.NIC, queues int) step {

@@ -88,20 +88,16 @@ func (d *shareDaemon) run(p *plug, files *lent) step {
 // chardev is the connection to a back end, of the name that it was lent under.
 func (vm *VM) chardev(p *plug, files *lent) step {
 	socket := properties{"addr": properties{"type": "fd", "data": properties{"str": p.name()}}, "server": false}
-	return step{
+	return files.takenBy(step{
 		do: func(ctx context.Context) error {
-			err := vm.qmp.Execute(ctx, "chardev-add", properties{
+			return vm.qmp.Execute(ctx, "chardev-add", properties{
 				"id": p.backend(), "backend": properties{"type": "socket", "data": socket},
 			}, nil)
-			if err == nil {
-				files.taken()
-			}
-			return err
 		},
 		undo: func(ctx context.Context) error {
 			return vm.qmp.Execute(ctx, "chardev-remove", properties{"id": p.backend()}, nil)
 		},
-	}
+	})
 }
 
 func (d *shareDaemon) device(p *plug) step {

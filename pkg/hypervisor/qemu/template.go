@@ -279,15 +279,7 @@ func (vm *VM) plugVsock(ctx context.Context, back *os.File) error {
 			return []step{files.step(), vm.chardev(p, files), vm.pciDevice(p, "vhost-user-vsock-pci", properties{"chardev": p.backend()})}
 		}
 		device := vm.pciDevice(p, "vhost-vsock-pci", properties{"vhostfd": p.name(), "guest-cid": vm.cid})
-		add := device.do
-		device.do = func(ctx context.Context) error {
-			err := add(ctx)
-			if err == nil {
-				files.taken()
-			}
-			return err
-		}
-		return []step{files.step(), device}
+		return []step{files.step(), files.takenBy(device)}
 	})
 	return err
 }
