@@ -3,12 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,6 +56,52 @@ func TestParse(t *testing.T) {
 	}
 	if _, err := parse([]string{"true"}); err == nil {
 		t.Error("there is no image")
+	}
+}
+
+// A machine that says nothing is lost, one that says that it lives is not.
+func TestListenSilence(t *testing.T) {
+	here, machine := net.Pipe()
+	defer here.Close()
+	const silence = 100 * time.Millisecond
+	began := time.Now()
+	go func() {
+		out := newSender(machine)
+		for range 8 {
+			if out.send(frame{Alive: true}) != nil {
+				return
+			}
+			time.Sleep(silence / 4)
+		}
+	}()
+	err := listen(here, silence, nil, nil)
+	if _, lost := errors.AsType[*lostError](err); !lost || !strings.Contains(err.Error(), "said nothing for 100ms") {
+		t.Errorf("error %v", err)
+	}
+	if after := time.Since(began); after < 2*silence {
+		t.Errorf("lost after %v", after)
+	}
+}
+
+// Whatever processor it speaks from, the machine says that it lives.
+func TestSayAlive(t *testing.T) {
+	here, machine := net.Pipe()
+	defer here.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- newSender(machine).sayAlive(ctx, time.Millisecond) }()
+	in := gob.NewDecoder(here)
+	for range 2 * runtime.NumCPU() {
+		var f frame
+		if err := in.Decode(&f); err != nil || !f.Alive {
+			t.Fatalf("frame %+v, %v", f, err)
+		}
+	}
+	cancel()
+	here.Close()
+	if err := <-done; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		t.Error(err)
 	}
 }
 
@@ -126,6 +176,15 @@ func TestVMKVMHostKilled(t *testing.T) {
 		if err := gone(ctx, pid); err != nil {
 			t.Errorf("process %d lives on: %v", pid, err)
 		}
+	}
+}
+
+// TestVMKVMHostAgain loses one machine: the command is run in another one.
+func TestVMKVMHostAgain(t *testing.T) {
+	cmd := command(t, []string{"-again", "1"}, "sh", "-c", `echo begin; echo c >/proc/sysrq-trigger`)
+	out, err := cmd.CombinedOutput()
+	if code := cmd.ProcessState.ExitCode(); code != failed || strings.Count(string(out), "begin\n") != 2 || !strings.Contains(string(out), "another one (1 of 1)") {
+		t.Errorf("exit code %d, %v: %s", code, err, out)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
@@ -79,28 +80,41 @@ func machine(ctx context.Context, args []string) error {
 		return err
 	}
 	defer vm.Kill() //nolint:errcheck // it can't fail
-	select {
-	case <-vm.Ready():
-	case <-vm.Done():
-		return fmt.Errorf("boot: %w", vm.Err())
-	case <-ctx.Done():
-		return fmt.Errorf("boot: %w; console: %s", context.Cause(ctx), vm.Console())
-	}
-	err = converse(ctx, vm, work, func(about string) {
+	unix.CloseOnExec(filesFD)
+	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
+	err = use(ctx, vm, work, files, func(about string) {
 		fmt.Fprintf(os.Stderr, "kvmhost: %s; itself on %s, QEMU %s; up after %.1f s\n", about, found.Accelerator, found.Version, time.Since(began).Seconds())
 	})
-	var status exitStatus
-	if err != nil && !errors.As(err, &status) {
-		err = explain(ctx, vm, err)
+	if lost, ok := errors.AsType[*lostError](err); ok {
+		lost.err = explain(vm, lost.err)
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", context.Cause(ctx), lost.err)
+		}
+		return errors.Join(err, files.Encode(frame{Lost: true}))
 	}
 	return err
 }
 
-// explain adds what is known of a machine that a conversation broke off with.
-func explain(ctx context.Context, vm *qemu.VM, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+// A lostError is about a machine that failed: not what was done with it.
+type lostError struct{ err error }
+
+func (e *lostError) Error() string { return e.err.Error() }
+func (e *lostError) Unwrap() error { return e.err }
+
+// use waits for the machine and converses with it.
+func use(ctx context.Context, vm *qemu.VM, work order, files *gob.Encoder, up func(about string)) error {
+	select {
+	case <-vm.Ready():
+		return converse(ctx, vm, work, files, up)
+	case <-vm.Done():
+		return &lostError{errors.New("boot failed")}
+	case <-ctx.Done():
+		return &lostError{fmt.Errorf("boot: %w", context.Cause(ctx))}
 	}
+}
+
+// explain adds what is known of a machine that was lost.
+func explain(vm *qemu.VM, err error) error {
 	select {
 	case <-vm.Done():
 		return fmt.Errorf("%w: %w", err, vm.Err())
@@ -257,23 +271,31 @@ func bindReadOnly(dir *os.File, at string) error {
 }
 
 // converse gives the order and does what comes back, to the end.
-func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string)) error {
+func converse(ctx context.Context, vm *qemu.VM, work order, files *gob.Encoder, up func(about string)) error {
 	conn, err := vm.Dial(ctx, port)
 	if err != nil {
-		return err
+		return &lostError{err}
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	if err := gob.NewEncoder(conn).Encode(work); err != nil {
-		return fmt.Errorf("give order: %w", err)
+		return &lostError{fmt.Errorf("give order: %w", err)}
 	}
-	unix.CloseOnExec(filesFD)
-	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
+	return listen(conn, silence, files, up)
+}
+
+// listen does what comes, to the end or until nothing has come for so long.
+func listen(conn net.Conn, silence time.Duration, files *gob.Encoder, up func(about string)) error {
 	for in := gob.NewDecoder(conn); ; {
+		if err := conn.SetReadDeadline(time.Now().Add(silence)); err != nil {
+			return err
+		}
 		var f frame
-		if err := in.Decode(&f); err != nil {
-			return fmt.Errorf("connection to the machine ended: %w", err)
+		if err := in.Decode(&f); errors.Is(err, os.ErrDeadlineExceeded) {
+			return &lostError{fmt.Errorf("the machine has said nothing for %v", silence)}
+		} else if err != nil {
+			return &lostError{fmt.Errorf("connection to the machine ended: %w", err)}
 		}
 		switch {
 		case f.Done && f.Err != "":
@@ -282,6 +304,7 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 			return exitStatus(f.Code)
 		case f.Done:
 			return nil
+		case f.Alive:
 		case f.Host != "":
 			up(f.Host)
 		case f.File != "":
@@ -296,18 +319,23 @@ func converse(ctx context.Context, vm *qemu.VM, work order, up func(about string
 	}
 }
 
-// storeAll writes the files whose pieces come.
-func storeAll(from io.Reader, patterns []string) error {
+// storeAll writes the files whose pieces come, and says whether the machine was
+// lost.
+func storeAll(from io.Reader, patterns []string) (lost bool, err error) {
 	files := map[string]bool{}
 	for in := gob.NewDecoder(from); ; {
 		var f frame
 		if err := in.Decode(&f); errors.Is(err, io.EOF) {
-			return nil
+			return lost, nil
 		} else if err != nil {
-			return fmt.Errorf("read files: %w", err)
+			return lost, fmt.Errorf("read files: %w", err)
+		}
+		if f.Lost {
+			lost = true
+			continue
 		}
 		if err := store(f, patterns, !files[f.File]); err != nil {
-			return err
+			return lost, err
 		}
 		files[f.File] = true
 	}

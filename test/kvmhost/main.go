@@ -112,6 +112,7 @@ type options struct {
 	memory   int
 	cpus     int
 	timeout  time.Duration
+	again    int
 	share    list
 	get      list
 	args     []string
@@ -126,6 +127,7 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.memory, "memory", 3072, "the machine's memory in `MiB`; it costs what is used of it")
 	flags.IntVar(&o.cpus, "cpus", 2, "the machine's `CPUs`")
 	flags.DurationVar(&o.timeout, "timeout", 30*time.Minute, "the machine is killed after this `time`")
+	flags.IntVar(&o.again, "again", 0, "when the machine is lost, as by a panic of its kernel, run the command in another one, up to so many `times`")
 	flags.Var(&o.share, "share", "another `directory` that the machine is to see; may be repeated")
 	flags.Var(&o.get, "get", "`pattern` of files that are copied back; may be repeated")
 	flags.StringVar(&o.root, "root", "", "`directory` of the release; empty: made by mmdebstrap, and kept")
@@ -172,16 +174,28 @@ func host(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+	for attempt := 1; ; attempt++ {
+		lost, err := attemptOn(ctx, o, args[1:])
+		if !lost || attempt > o.again || ctx.Err() != nil {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "kvmhost: the machine was lost; running the command in another one (%d of %d)\n", attempt, o.again)
+	}
+}
+
+// attemptOn runs the command in a machine of a child.
+func attemptOn(ctx context.Context, o options, args []string) (lost bool, err error) {
 	runtime.LockOSThread() // the child dies with the thread that started it
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root, "-emulator=" + o.emulator}, args[1:]...)...)
+	defer runtime.UnlockOSThread()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{machineMode, "-root=" + o.root, "-emulator=" + o.emulator}, args...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	dir, err := os.Getwd()
 	if err != nil {
-		return err
+		return false, err
 	}
 	files, child, err := os.Pipe()
 	if err != nil {
-		return err
+		return false, err
 	}
 	cmd.ExtraFiles = []*os.File{child}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -193,19 +207,19 @@ func host(ctx context.Context, args []string) error {
 	child.Close()
 	if err != nil {
 		files.Close()
-		return err
+		return false, err
 	}
-	lost := storeAll(files, o.files(dir))
+	lost, unstored := storeAll(files, o.files(dir))
 	files.Close()    // the child ends at its next write, if there is one
 	err = cmd.Wait() // of whose namespace nobody is left when it returns
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("interrupted: %w", context.Cause(ctx))
-	case lost != nil:
-		return lost
+		err = fmt.Errorf("interrupted: %w", context.Cause(ctx))
+	case unstored != nil:
+		err = unstored
 	case errors.As(err, &exit) && exit.Exited():
-		return exitStatus(exit.ExitCode())
+		err = exitStatus(exit.ExitCode())
 	}
-	return err
+	return lost, err
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/guest/boot"
@@ -67,6 +68,10 @@ func carryOut(ctx context.Context, work order, out *sender) (code int, err error
 	if err := out.send(frame{Host: about()}); err != nil {
 		return 0, err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	var alive errgroup.Group
+	alive.Go(func() error { return out.sayAlive(ctx, beat) })
+	defer func() { cancel(); err = errors.Join(err, alive.Wait()) }()
 	code, err = runCommand(ctx, work, group, out)
 	if err != nil {
 		return 0, err

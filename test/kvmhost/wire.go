@@ -1,14 +1,29 @@
 package main
 
 import (
+	"context"
 	"encoding/gob"
+	"fmt"
 	"io"
 	"io/fs"
+	"runtime"
 	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // port is where the machine's server listens.
 const port = 1024
+
+// The machine says every beat that it lives, and each time from the next of its
+// processors: one that hangs hides behind the others. It is lost when it says
+// nothing for the time that silence is, long for a machine that is emulated and
+// busy.
+const (
+	beat    = 5 * time.Second
+	silence = 3 * time.Minute
+)
 
 // An order is what the machine is to do: the only message to it.
 type order struct {
@@ -29,6 +44,8 @@ type frame struct {
 	Mode   fs.FileMode
 	Data   []byte
 	Host   string // what the machine is, once
+	Alive  bool   // nothing else to say
+	Lost   bool   // the machine was; to the parent only
 	Done   bool
 	Code   int    // exit status
 	Err    string // the command could not be run, or a file not be read
@@ -59,4 +76,26 @@ func (o output) Write(b []byte) (int, error) {
 		return 0, err
 	}
 	return len(b), nil
+}
+
+// sayAlive does so every beat, until the context ends.
+func (s *sender) sayAlive(ctx context.Context, beat time.Duration) error {
+	runtime.LockOSThread() // and never unlocked: the thread, bound to a processor, ends with the goroutine
+	ticker := time.NewTicker(beat)
+	defer ticker.Stop()
+	for cpu := 0; ; cpu = (cpu + 1) % runtime.NumCPU() {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		var set unix.CPUSet
+		set.Set(cpu)
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return fmt.Errorf("move to processor %d: %w", cpu, err)
+		}
+		if err := s.send(frame{Alive: true}); err != nil {
+			return err
+		}
+	}
 }
