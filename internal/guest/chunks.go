@@ -21,7 +21,7 @@ var bulkBuffers = make(chan struct{}, maxBulkBuffers)
 // A chunkBuffer is chunks, one behind the other, as they are sent: what they carry is
 // read to where it belongs. So they are sent in pieces that have nothing to do with
 // chunks. Sent one by one each would end in a packet of a few bytes, which costs as
-// much as a full one, because a vsock takes 64 KiB in advance, to the byte.
+// much as a full one, because what a vsock takes in advance is bounded to the byte.
 type chunkBuffer []byte
 
 // resize makes it large for bulk if there are not too many, or small again. What is

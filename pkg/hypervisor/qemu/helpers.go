@@ -133,7 +133,10 @@ func (vm *VM) startVhostDeviceVsock(ctx context.Context) (*os.File, error) {
 
 	c := command{role: roleVsock, path: vm.opts.Host.VhostDeviceVsock, user: vm.user, flags: isolation()}
 	at := fdPath(c.files.add(dir))
-	c.args = []string{fmt.Sprintf("--guest-cid=%d", hybridCID), "--socket=" + filepath.Join(at, vsockControl), "--uds-path=" + filepath.Join(at, vsockStreams)}
+	c.args = []string{
+		fmt.Sprintf("--guest-cid=%d", hybridCID), "--socket=" + filepath.Join(at, vsockControl),
+		"--uds-path=" + filepath.Join(at, vsockStreams), fmt.Sprintf("--tx-buffer-size=%d", vsockBuffer),
+	}
 	if _, err := vm.start(c); err != nil {
 		return nil, err
 	}

@@ -14,6 +14,11 @@ import (
 // ports of its own and so can be any.
 const hybridCID = 3
 
+// vsockBuffer is how many bytes vhost-device-vsock takes from a guest's
+// connection in advance: as many as the kernel's vhost does
+// (VSOCK_DEFAULT_BUFFER_SIZE in net/vmw_vsock/af_vsock.c), four times its own default.
+const vsockBuffer = 256 << 10
+
 // A doorbell waits for the guest to say that its agent serves: by a connection
 // to the port of this host that has the number of the guest's context id, so
 // that it needs not be told which. It opens once.
