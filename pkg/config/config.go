@@ -119,6 +119,9 @@ func (c Config) Validate() error {
 	if most := 108 - 31; len(c.StateDir) > most {
 		bad("state_dir %q is longer than %d bytes, which socket paths below it do not allow", c.StateDir, most)
 	}
+	if dir := c.QEMU.TemplateDir; dir != "" && !filepath.IsAbs(dir) {
+		bad("template_dir %q is not an absolute path", dir)
+	}
 	for _, name := range c.Annotations {
 		if _, ok := annotations[name]; !ok {
 			bad("annotations: %q names no setting (there are %v)", name, annotationNames())

@@ -72,6 +72,7 @@ func inherited(fd int) *os.File { return os.NewFile(uintptr(fd), "inherited") }
 //	bye              say hello and exit
 //	reset, poweroff  tell so after the negotiation, print on the console, exit
 //	garbage          send what is no QMP after the negotiation
+//	migrating        exit when it is told to read a template, or before one is written
 func runFakeQEMU(behaviour string, args []string) int {
 	if behaviour == "exit" {
 		return fail("qemu: could not set up host forwarding rule\x1b[31m")
@@ -116,6 +117,11 @@ func runFakeQEMU(behaviour string, args []string) int {
 		script = events("guest-shutdown")
 	case "garbage":
 		script = append(script, qmptest.Raw("\x00\n"))
+	case "migrating":
+		if strings.Contains(strings.Join(args, " "), "-incoming defer") {
+			script = append(script, qmptest.Expect("migrate-set-capabilities"), qmptest.Return(nil), qmptest.Expect("getfd"), qmptest.Return(nil))
+		}
+		script = append(script, qmptest.Do(func() { fmt.Fprintf(console, "last words\r\n") }), qmptest.Close())
 	}
 	if err := qmptest.Play(conn.(*net.UnixConn), script...); err != nil {
 		return fail("qmp: %v", err)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -134,6 +135,33 @@ func TestCopyMemory(t *testing.T) {
 	cancel()
 	if err := copyMemory(ctx, target, source, size); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// QEMU that dies over a template leaves none behind that is not whole, and says so
+// that the machine can boot instead.
+func TestTemplateQEMUDies(t *testing.T) {
+	s, opts := fakeMachine(t, behaviour{qemu: "migrating"})
+	opts.Config.TemplateDir = filepath.Join(t.TempDir(), "templates")
+	if _, err := MakeTemplate(within(t), s, opts); err == nil || !strings.Contains(err.Error(), "qemu ended: exit status 0") {
+		t.Errorf("make: %v", err)
+	}
+	checkEmpty(t, opts.Config.TemplateDir)
+
+	path, err := opts.Config.templateFile(s, *opts.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("template"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, memorySize(s)); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Start(within(t), s, opts)
+	unusable, ok := errors.AsType[*TemplateError](err)
+	if !ok || unusable.Path != path || !strings.Contains(err.Error(), "qemu ended: exit status 0") {
+		t.Errorf("load: %v", err)
 	}
 }
 
