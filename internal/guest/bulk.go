@@ -211,7 +211,7 @@ func (g *gate) wait(file syscall.RawConn) error {
 		if !armed {
 			armed = true
 			_ = file.Control(func(fd uintptr) {
-				_ = unix.EpollCtl(int(e), unix.EPOLL_CTL_MOD, int(fd), &unix.EpollEvent{Events: g.events})
+				_ = unix.EpollCtl(int(e), unix.EPOLL_CTL_MOD, int(fd), &unix.EpollEvent{Events: g.events | unix.EPOLLONESHOT})
 			})
 		}
 		n, err := unix.EpollWait(int(e), make([]unix.EpollEvent, 1), 0)

@@ -177,3 +177,30 @@ func TestPatientUnread(t *testing.T) {
 		t.Errorf("%d, %v, want what a pipe holds and the deadline", n, err)
 	}
 }
+
+// The scheduler hears of a file once for each wait, and not while nobody waits.
+func TestPatientQuiet(t *testing.T) {
+	r, w := testPatients(t)
+	late := time.AfterFunc(20*time.Millisecond, func() { _, _ = w.Write([]byte("x")) })
+	defer late.Stop()
+	if n, err := r.Read(make([]byte, 1)); n != 1 || err != nil {
+		t.Fatalf("%d, %v, want what was written", n, err)
+	}
+	if r.in.epoll == nil {
+		t.Fatal("it was not waited for")
+	}
+	if _, err := w.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := r.in.epoll.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); n != 0 || err != nil {
+			t.Errorf("%d, %v, want nothing to be told", n, err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
