@@ -99,7 +99,7 @@ func (r *rig) ways(ctx context.Context, res *results, c *container) error {
 func carry(ctx context.Context, a agent.Processes, containerID, execID string, open func(string) (io.Reader, error)) (_ time.Duration, err error) {
 	err = a.Exec(ctx, &protocol.ExecProcessRequest{
 		ContainerId: containerID, ExecId: execID,
-		Process: &protocol.Process{Args: []string{"/bench", guestCommand, actSource}, Cwd: "/", User: &protocol.User{}},
+		Process: &protocol.Process{Args: source, Cwd: "/", User: &protocol.User{}},
 	})
 	if err != nil {
 		return 0, err
