@@ -176,10 +176,10 @@ ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -e
 
 .PHONY: kvm-test
 kvm-test: all kvm-host-image ## what only a KVM host has, on one
-	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
-	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM' -skip '^TestKVMSandboxesAtOnce$$' # it is too many
-	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
-	cd test/shim && $(ON_KVM_HOST) -run '^TestShimTemplate$$'
+	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM'
+	cd test/kvm && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM' -skip '^TestKVMSandboxesAtOnce$$' # it is too many
+	cd test/vm && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM'
+	cd test/shim && $(ON_KVM_HOST) -timeout 20m -run '^TestShimTemplate$$'
 
 SANDBOXES ?= 50
 
