@@ -16,9 +16,10 @@ type lowWater struct {
 	mark int
 }
 
-// maxLowWater is half of what the other side may always send: with the kernel's
-// buffer of 256 KiB it hears of new space 64 KiB before it runs out of it.
-const maxLowWater = 32 << 10
+// maxLowWater is a little less than what the other side may always send: with the
+// kernel's buffer of 256 KiB it hears of new space 64 KiB before it runs out of it
+// (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
+const maxLowWater = 60 << 10
 
 func newLowWater(conn net.Conn) *lowWater { return &lowWater{conn: rawConn(conn), mark: 1} }
 
