@@ -11,7 +11,7 @@ import (
 
 const (
 	// monitorSlack is how much later than it wants the runtime's monitor may wake.
-	monitorSlack = 2 * time.Millisecond
+	monitorSlack = 8 * time.Millisecond
 	// kernelSlack is what the kernel gives a thread (INIT_TASK, timer_slack_ns).
 	kernelSlack = 50 * time.Microsecond
 )

@@ -22,7 +22,7 @@ func TestCalmMonitor(t *testing.T) {
 	for _, thread := range threads {
 		id := filepath.Base(thread)
 		slack, err := os.ReadFile("/proc/" + id + "/timerslack_ns")
-		if err == nil && strings.TrimSpace(string(slack)) == "2000000" {
+		if err == nil && strings.TrimSpace(string(slack)) == strconv.FormatInt(int64(monitorSlack), 10) {
 			calm++
 			if id == strconv.Itoa(os.Getpid()) {
 				t.Error("the main thread is calm")
