@@ -35,14 +35,16 @@ const (
 type patient struct {
 	file    *os.File        // which Go's scheduler does not know
 	raw     syscall.RawConn // the file's
+	piece   int             // most bytes of one write
 	in, out gate
 }
 
-// newPatient takes the descriptor over.
+// newPatient takes the descriptor over. A pipe gets in one write what it holds:
+// its reader wakes for each.
 func newPatient(fd int, name string) (*patient, error) {
 	// A file that blocks when it is made is none of the scheduler's.
 	_ = unix.SetNonblock(fd, false)
-	p := &patient{file: os.NewFile(uintptr(fd), name)}
+	p := &patient{file: os.NewFile(uintptr(fd), name), piece: bulkBuffer}
 	err := unix.SetNonblock(fd, true)
 	if err == nil {
 		p.raw, err = p.file.SyscallConn()
@@ -78,7 +80,7 @@ func (p *patient) readv(room [][]byte, bulk bool) (n int, err error) {
 // Write implements io.Writer. What is large is bulk.
 func (p *patient) Write(b []byte) (n int, err error) {
 	err = p.do("write", &p.out, unix.POLLOUT, len(b) >= bulkRead, func(fd int) (bool, error) {
-		m, err := syscall.Write(fd, b[n:min(len(b), n+maxPacket)])
+		m, err := syscall.Write(fd, b[n:min(len(b), n+p.piece)])
 		n += max(m, 0)
 		return n == len(b), err
 	})
@@ -271,6 +273,7 @@ func newPatientConn(conn net.Conn) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	p.piece = maxPacket
 	return patientConn{p, conn.LocalAddr(), conn.RemoteAddr()}, nil
 }
 
