@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -34,6 +36,7 @@ func eachHandler(t *testing.T, f func(n *node)) {
 // A pod is one machine. Its containers come and go, and share what a pod's do.
 func TestE2EPod(t *testing.T) {
 	eachHandler(t, func(n *node) {
+		n.brokenNetwork()
 		p := n.run("pod", func(c *runtimeapi.PodSandboxConfig) {
 			c.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"10.11.12.13"}, Searches: []string{"pods.test"}}
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
@@ -116,6 +119,87 @@ func TestE2EPod(t *testing.T) {
 		n.crictl("stopp", p.id)
 		n.crictl("rmp", p.id)
 	})
+}
+
+// brokenNetwork has a pod's network fail after it made an interface.
+func (n *node) brokenNetwork() {
+	n.Helper()
+	leases, list := filepath.Join(n.local.Dir, "leases"), filepath.Join(n.local.Dir, "cni/00-broken.conflist")
+	text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "broken", "plugins": [
+		{"type": "bridge", "bridge": "br-broken", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.97.0.0/24"}]], "dataDir": %q}},
+		{"type": "tuning", "sysctl": {"net.core.vmshim": "1"}}]}`, leases)
+	if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
+		n.Fatal(err)
+	}
+	n.awaitNetwork("broken")
+	before := n.links()
+	config := n.file("broken", &runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: "broken", Namespace: "default", Uid: "broken"},
+		Linux:    &runtimeapi.LinuxPodSandboxConfig{CgroupParent: filepath.Join(cgroupParent(), "broken")},
+	})
+	if _, err := n.try("runp", "--runtime", n.handler, config); err == nil || !strings.Contains(err.Error(), "net/core/vmshim") {
+		n.Errorf("pod with a broken network: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(leases, "broken")); err != nil {
+		n.Errorf("its first plugin did nothing: %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(leases, "broken/10.*"))
+	if err != nil {
+		n.Fatal(err)
+	}
+	more, err := n.Leftovers(n.local.StateDir())
+	if err != nil {
+		n.Fatal(err)
+	}
+	left = slices.Concat(left, more, n.removeCgroups(), strings.Fields(n.crictl("pods", "--quiet")))
+	for _, link := range n.links() {
+		if link != "br-broken" && !slices.Contains(before, link) {
+			left = append(left, link)
+		}
+	}
+	if len(left) > 0 {
+		n.Errorf("left of a broken network: %q", left)
+	}
+	if err := os.Remove(list); err != nil {
+		n.Fatal(err)
+	}
+	n.awaitNetwork("vmshim")
+}
+
+// awaitNetwork waits until containerd has noticed which network pods get.
+func (n *node) awaitNetwork(name string) {
+	n.Helper()
+	var out struct {
+		CNIConfig struct {
+			Networks []struct{ Config struct{ Name string } }
+		}
+	}
+	var names []string
+	for deadline := time.Now().Add(30 * time.Second); !slices.Contains(names, name); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			n.Fatalf("networks %q, want %q", names, name)
+		}
+		if err := json.Unmarshal([]byte(n.crictl("info")), &out); err != nil {
+			n.Fatal(err)
+		}
+		names = nil
+		for _, network := range out.CNIConfig.Networks {
+			names = append(names, network.Config.Name)
+		}
+	}
+}
+
+// links are the names of the host's interfaces.
+func (n *node) links() (names []string) {
+	n.Helper()
+	all, err := net.Interfaces()
+	if err != nil {
+		n.Fatal(err)
+	}
+	for _, link := range all {
+		names = append(names, link.Name)
+	}
+	return names
 }
 
 // configMap makes a volume as the kubelet does, and changes it so.
