@@ -12,6 +12,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -104,15 +105,17 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 		removeCgroups()
 	}()
 	handlers := append([]string{daemon.HandlerRunc}, strings.Split(o.modes, ",")...)
-	results := map[string]result{}
+	results, took := map[string]result{}, map[string]time.Duration{}
 	for _, handler := range handlers {
 		began := time.Now()
-		if results[handler], err = critest(ctx, local, d, o, handler); err != nil {
+		report := &progress{out: os.Stdout, handler: handler, base: results[handlers[0]]}
+		if results[handler], err = critest(ctx, local, d, o, handler, report); err != nil {
 			return false, fmt.Errorf("on %s: %w", handler, err)
 		}
-		fmt.Printf("%-12s %s  (%.0f s)\n", handler, results[handler], time.Since(began).Seconds())
+		took[handler] = time.Since(began)
 	}
 	text, ok := table(results, handlers, allowed, o.focus == "" && o.skip == "")
+	text += "\n" + summary(results, handlers, allowed, took)
 	fmt.Print("\n" + text)
 	return ok, os.WriteFile(filepath.Join(o.out, "table.txt"), []byte(text), 0o600)
 }
@@ -143,8 +146,10 @@ func serveImages(ctx context.Context, work string) (url string, err error) {
 	return "http://" + l.Addr().String(), nil
 }
 
-// critest runs it on a runtime handler.
-func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string) (result, error) {
+// critest runs it on a runtime handler; follow gets what it writes, too.
+func critest(
+	ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string, follow io.Writer,
+) (result, error) {
 	tools, err := local.Hack(ctx, "critest")
 	if err != nil {
 		return nil, err
@@ -169,7 +174,8 @@ func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o optio
 		args = append(args, "-ginkgo.skip", o.skip)
 	}
 	cmd := exec.CommandContext(ctx, filepath.Join(tools, "critest"), args...)
-	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = log, log, 10*time.Second
+	both := io.MultiWriter(log, follow)
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = both, both, 10*time.Second
 	cmd.Dir = local.Dir
 	// Failed tests are in the report.
 	if err := cmd.Run(); err != nil && (ctx.Err() != nil || cmd.ProcessState == nil) {
