@@ -37,6 +37,12 @@ func eachHandler(t *testing.T, f func(n *node)) {
 func TestE2EPod(t *testing.T) {
 	eachHandler(t, func(n *node) {
 		n.brokenNetwork()
+		ids := []*runtimeapi.IDMapping{{HostId: 100000, Length: 65536}}
+		n.refused("userns", func(c *runtimeapi.PodSandboxConfig) {
+			c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{
+				UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids},
+			}}
+		}, "user namespace")
 		p := n.run("pod", func(c *runtimeapi.PodSandboxConfig) {
 			c.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"10.11.12.13"}, Searches: []string{"pods.test"}}
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
@@ -132,38 +138,39 @@ func (n *node) brokenNetwork() {
 		n.Fatal(err)
 	}
 	n.awaitNetwork("broken")
-	before := n.links()
-	config := n.file("broken", &runtimeapi.PodSandboxConfig{
-		Metadata: &runtimeapi.PodSandboxMetadata{Name: "broken", Namespace: "default", Uid: "broken"},
-		Linux:    &runtimeapi.LinuxPodSandboxConfig{CgroupParent: filepath.Join(cgroupParent(), "broken")},
-	})
-	if _, err := n.try("runp", "--runtime", n.handler, config); err == nil || !strings.Contains(err.Error(), "net/core/vmshim") {
-		n.Errorf("pod with a broken network: %v", err)
-	}
+	n.refused("broken", nil, "net/core/vmshim")
 	if _, err := os.Stat(filepath.Join(leases, "broken")); err != nil {
-		n.Errorf("its first plugin did nothing: %v", err)
+		n.Errorf("the first plugin did nothing: %v", err)
 	}
-	left, err := filepath.Glob(filepath.Join(leases, "broken/10.*"))
-	if err != nil {
-		n.Fatal(err)
-	}
-	more, err := n.Leftovers(n.local.StateDir())
-	if err != nil {
-		n.Fatal(err)
-	}
-	left = slices.Concat(left, more, n.removeCgroups(), strings.Fields(n.crictl("pods", "--quiet")))
-	for _, link := range n.links() {
-		if link != "br-broken" && !slices.Contains(before, link) {
-			left = append(left, link)
-		}
-	}
-	if len(left) > 0 {
-		n.Errorf("left of a broken network: %q", left)
+	if left, err := filepath.Glob(filepath.Join(leases, "broken/10.*")); err != nil || len(left) > 0 {
+		n.Errorf("addresses left: %q, %v", left, err)
 	}
 	if err := os.Remove(list); err != nil {
 		n.Fatal(err)
 	}
 	n.awaitNetwork("vmshim")
+}
+
+// refused runs a pod that has to fail with the words, and to leave nothing.
+func (n *node) refused(name string, change func(*runtimeapi.PodSandboxConfig), words string) {
+	n.Helper()
+	before := n.links()
+	if _, err := n.try("runp", "--runtime", n.handler, n.podFile(name, change)); err == nil || !strings.Contains(err.Error(), words) {
+		n.Errorf("pod %s: %v, want %q", name, err, words)
+	}
+	left, err := n.Leftovers(n.local.StateDir())
+	if err != nil {
+		n.Fatal(err)
+	}
+	left = slices.Concat(left, n.removeCgroups(), strings.Fields(n.crictl("pods", "--quiet")))
+	for _, link := range n.links() {
+		if !strings.HasPrefix(link, "br-") && link != "cni0" && !slices.Contains(before, link) { // bridges stay
+			left = append(left, link)
+		}
+	}
+	if len(left) > 0 {
+		n.Errorf("left of pod %s: %q", name, left)
+	}
 }
 
 // awaitNetwork waits until containerd has noticed which network pods get.
