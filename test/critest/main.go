@@ -35,7 +35,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.focus, "focus", "", "run only tests that match this regular expression")
 	flag.StringVar(&o.skip, "skip", "", "leave out tests that match this regular expression")
-	flag.StringVar(&o.modes, "modes", "vm,vm-sandbox", "runtime handlers to compare with runc")
+	flag.StringVar(&o.modes, "modes", "vm,vm-sandbox", "runtime handlers to compare with runc; empty: runc alone")
 	flag.StringVar(&o.out, "out", "_output/critest", "where reports and logs go")
 	flag.BoolVar(&o.keep, "keep", false, "keep the working directory")
 	flag.Parse()
@@ -104,7 +104,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 		err = errors.Join(err, d.Stop())
 		removeCgroups()
 	}()
-	handlers := append([]string{daemon.HandlerRunc}, strings.Split(o.modes, ",")...)
+	handlers := append([]string{daemon.HandlerRunc}, strings.FieldsFunc(o.modes, func(r rune) bool { return r == ',' })...)
 	results, took := map[string]result{}, map[string]time.Duration{}
 	for _, handler := range handlers {
 		began := time.Now()
