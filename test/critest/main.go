@@ -177,6 +177,7 @@ func critest(
 	both := io.MultiWriter(log, follow)
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = both, both, 10*time.Second
 	cmd.Dir = local.Dir
+	cmd.Env = append(os.Environ(), "TMPDIR="+local.Dir) // where failed tests leave something
 	// Failed tests are in the report.
 	if err := cmd.Run(); err != nil && (ctx.Err() != nil || cmd.ProcessState == nil) {
 		return nil, err
