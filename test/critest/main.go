@@ -101,7 +101,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	}
 	defer func() {
 		_ = os.WriteFile(filepath.Join(o.out, "containerd.log"), []byte(d.Tail(1_000_000)), 0o600)
-		err = errors.Join(err, removePods(d), d.Stop())
+		err = errors.Join(err, removePods(context.WithoutCancel(ctx), d), d.Stop())
 		removeCgroups()
 	}()
 	handlers := append([]string{daemon.HandlerRunc}, strings.FieldsFunc(o.modes, func(r rune) bool { return r == ',' })...)
@@ -121,8 +121,8 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 }
 
 // removePods removes those of tests that were interrupted.
-func removePods(d *daemon.Daemon) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+func removePods(ctx context.Context, d *daemon.Daemon) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if out, err := d.Crictl(ctx, "rmp", "--all", "--force").CombinedOutput(); err != nil {
 		return fmt.Errorf("remove pods: %w: %s", err, out)
