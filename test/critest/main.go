@@ -108,7 +108,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	results, took := map[string]result{}, map[string]time.Duration{}
 	for _, handler := range handlers {
 		began := time.Now()
-		report := &progress{out: os.Stdout, handler: handler, base: results[handlers[0]]}
+		report := &progress{out: os.Stdout, handler: handler, base: results[handlers[0]], allowed: allowed}
 		if results[handler], err = critest(ctx, local, d, o, handler, report); err != nil {
 			return false, fmt.Errorf("on %s: %w", handler, err)
 		}

@@ -104,7 +104,7 @@ func TestSummary(t *testing.T) {
 }
 
 func TestProgress(t *testing.T) {
-	log := `Will run 3 of 5 specs
+	log := `Will run 4 of 6 specs
 ------------------------------
 [BeforeSuite] PASSED [0.001 seconds]
 ------------------------------
@@ -120,19 +120,26 @@ SS
 • [FAILED] [60.5 seconds]
 [k8s.io] Pod [It] does not
 ------------------------------
+[k8s.io] Pod cannot
+• [FAILED] [0.5 seconds]
+------------------------------
 [k8s.io] Pod may
 S [SKIPPED] [0.005 seconds]
 `
 	var out strings.Builder
-	p := &progress{out: &out, handler: "vm", base: result{"Pod does not": "passed", "Pod may": "failed"}}
+	p := &progress{
+		out: &out, handler: "vm", allowed: map[string]string{"Pod cannot": "why"},
+		base: result{"Pod does not": "passed", "Pod cannot": "passed", "Pod may": "failed"},
+	}
 	for i := range len(log) {
 		if n, err := p.Write([]byte(log[i : i+1])); n != 1 || err != nil {
 			t.Fatal(n, err)
 		}
 	}
-	want := `vm           1 of 3    0.118 s  passed   Pod works [Conformance]
-vm           2 of 3     60.5 s  failed   Pod does not (passes on runc)
-vm           3 of 3    0.005 s  skipped  Pod may
+	want := `vm           1 of 4    0.118 s  passed   Pod works [Conformance]
+vm           2 of 4     60.5 s  failed   Pod does not (WORSE)
+vm           3 of 4      0.5 s  failed   Pod cannot (excused)
+vm           4 of 4    0.005 s  skipped  Pod may
 `
 	if d := cmp.Diff(want, out.String()); d != "" {
 		t.Error(d)
