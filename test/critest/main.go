@@ -23,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vmshim/vmshim/pkg/storage"
 	"github.com/vmshim/vmshim/test/daemon"
 )
 
@@ -70,7 +71,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 		return false, err
 	}
 	if !o.keep {
-		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+		defer func() { err = errors.Join(err, remove(dir)) }()
 	}
 	local, err := daemon.NewLocal(ctx, dir, "debug = true")
 	if err != nil {
@@ -118,6 +119,15 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	text += "\n" + summary(results, handlers, allowed, took)
 	fmt.Print("\n" + text)
 	return ok, os.WriteFile(filepath.Join(o.out, "table.txt"), []byte(text), 0o600)
+}
+
+// remove removes a directory, but nothing through the mounts that failed tests
+// leave below it.
+func remove(dir string) error {
+	if err := storage.Unmount(dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
 }
 
 // removePods removes those of tests that were interrupted.
