@@ -114,7 +114,7 @@ shim-test: all ## the built shim without containerd
 e2e: all containerds nerdctl ## with containerd: Debian's, the last 1.x and the newest 2.x
 	$(MACHINES) -run '^TestE2E' ./test/...
 
-# Two modes of ours beside runc; most of an hour on two cores without KVM.
+# Two modes of ours beside runc; half an hour on two cores without KVM.
 .PHONY: critest
 critest: all containerds ## CRI's conformance tests, compared with runc: FOCUS=, MODES=vm,vm-sandbox
 	go run ./test/critest -focus '$(FOCUS)' $(if $(MODES),-modes '$(MODES)') -out $(OUT)/critest

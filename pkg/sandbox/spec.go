@@ -82,6 +82,9 @@ func checkSpec(spec *specs.Spec, pod bool, tasks map[int]*Container) error {
 	if !hasNamespace(linux.Namespaces, specs.NetworkNamespace) {
 		return errHostNetwork
 	}
+	if hasNamespace(linux.Namespaces, specs.UserNamespace) {
+		return fmt.Errorf("a user namespace in a machine: its other namespaces would have to be made in it: %w", errdefs.ErrNotImplemented)
+	}
 	for _, kind := range []specs.LinuxNamespaceType{specs.PIDNamespace, specs.IPCNamespace} {
 		if pod {
 			break // the pod's stand in
@@ -131,7 +134,7 @@ func (g *guestSpec) setNamespaces(tasks map[int]*Container) {
 	g.shared = !hasNamespace(g.Linux.Namespaces, specs.PIDNamespace)
 	for _, ns := range g.Linux.Namespaces {
 		switch ns.Type {
-		case specs.IPCNamespace, specs.UTSNamespace, specs.UserNamespace:
+		case specs.IPCNamespace, specs.UTSNamespace:
 			kept = append(kept, specs.LinuxNamespace{Type: ns.Type})
 		case specs.PIDNamespace:
 			if pid, ok := taskNamespace(ns); ok {

@@ -67,14 +67,12 @@ func TestGuestSpecNamespaces(t *testing.T) {
 		{Type: specs.NetworkNamespace, Path: "/run/netns/x"},
 		{Type: specs.MountNamespace},
 		{Type: specs.CgroupNamespace},
-		{Type: specs.UserNamespace},
 	}
 	want := []specs.LinuxNamespace{
 		{Type: specs.MountNamespace},
 		{Type: specs.PIDNamespace},
 		{Type: specs.IPCNamespace},
 		{Type: specs.UTSNamespace},
-		{Type: specs.UserNamespace},
 	}
 	g := transform(t, func(s *specs.Spec) { s.Linux.Namespaces = all })
 	if diff := cmp.Diff(want, g.Linux.Namespaces); diff != "" || g.shared {
@@ -227,6 +225,9 @@ func TestCheckSpec(t *testing.T) {
 		{"pid of another", func(s *specs.Spec) { s.Linux.Namespaces[0].Path = "/proc/8/ns/pid" }, errdefs.ErrInvalidArgument},
 		{"ipc somewhere", func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/run/ipcns/x" }, errdefs.ErrInvalidArgument},
 		{"network by path", func(s *specs.Spec) { s.Linux.Namespaces[4].Path = "/run/netns/x" }, nil},
+		{"user", func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		}, errdefs.ErrNotImplemented},
 		{"hooks of the host", func(s *specs.Spec) {
 			s.Hooks = &specs.Hooks{CreateRuntime: make([]specs.Hook, 1), Poststop: make([]specs.Hook, 1)}
 		}, nil},

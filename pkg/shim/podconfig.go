@@ -75,6 +75,9 @@ func (p *podConfig) spec() *specs.Spec {
 			},
 		},
 	}
+	if u := linux.GetSecurityContext().GetNamespaceOptions().GetUsernsOptions(); u != nil && u.GetMode() == runtimeapi.NamespaceMode_POD {
+		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	}
 	spec.Linux.CgroupsPath = cgroupIn(linux.GetCgroupParent())
 	spec.Linux.Resources = podResources(linux.GetResources())
 	return spec

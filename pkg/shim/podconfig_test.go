@@ -1,10 +1,12 @@
 package shim
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -58,6 +60,25 @@ func TestPodConfig(t *testing.T) {
 	}
 	if _, ok := got["/etc/hosts"]; !ok {
 		t.Error("no hosts")
+	}
+}
+
+// TestPodConfigUserNamespace leaves the refusal to whoever reads the
+// specification: a container's says the same.
+func TestPodConfigUserNamespace(t *testing.T) {
+	for mode, want := range map[runtimeapi.NamespaceMode]bool{runtimeapi.NamespaceMode_POD: true, runtimeapi.NamespaceMode_NODE: false} {
+		c, err := newPodConfig(podOptions(t, &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: mode}},
+			},
+		}}), "/run/netns/x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := slices.ContainsFunc(c.spec().Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UserNamespace })
+		if got != want {
+			t.Errorf("%s: user namespace %v, want %v", mode, got, want)
+		}
 	}
 }
 

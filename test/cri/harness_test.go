@@ -192,6 +192,13 @@ type pod struct {
 
 func (n *node) run(name string, change func(*runtimeapi.PodSandboxConfig)) *pod {
 	n.Helper()
+	path := n.podFile(name, change)
+	return &pod{node: n, file: path, id: n.crictl("runp", "--runtime", n.handler, path)}
+}
+
+// podFile writes the configuration of a pod.
+func (n *node) podFile(name string, change func(*runtimeapi.PodSandboxConfig)) (path string) {
+	n.Helper()
 	config := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: name},
 		Hostname:     name,
@@ -201,8 +208,7 @@ func (n *node) run(name string, change func(*runtimeapi.PodSandboxConfig)) *pod 
 	if change != nil {
 		change(config)
 	}
-	path := n.file(name, config)
-	return &pod{node: n, file: path, id: n.crictl("runp", "--runtime", n.handler, path)}
+	return n.file(name, config)
 }
 
 // start runs a container in the pod.

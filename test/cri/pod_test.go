@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -34,6 +36,8 @@ func eachHandler(t *testing.T, f func(n *node)) {
 // A pod is one machine. Its containers come and go, and share what a pod's do.
 func TestE2EPod(t *testing.T) {
 	eachHandler(t, func(n *node) {
+		n.brokenNetwork()
+		n.userNamespace()
 		p := n.run("pod", func(c *runtimeapi.PodSandboxConfig) {
 			c.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"10.11.12.13"}, Searches: []string{"pods.test"}}
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
@@ -116,6 +120,102 @@ func TestE2EPod(t *testing.T) {
 		n.crictl("stopp", p.id)
 		n.crictl("rmp", p.id)
 	})
+}
+
+// brokenNetwork has a pod's network fail after it made an interface.
+func (n *node) brokenNetwork() {
+	n.Helper()
+	leases, list := filepath.Join(n.local.Dir, "leases"), filepath.Join(n.local.Dir, "cni/00-broken.conflist")
+	text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "broken", "plugins": [
+		{"type": "bridge", "bridge": "br-broken", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.97.0.0/24"}]], "dataDir": %q}},
+		{"type": "tuning", "sysctl": {"net.core.vmshim": "1"}}]}`, leases)
+	if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
+		n.Fatal(err)
+	}
+	n.awaitNetwork("broken")
+	n.refused("broken", nil, "net/core/vmshim")
+	if _, err := os.Stat(filepath.Join(leases, "broken")); err != nil {
+		n.Errorf("the first plugin did nothing: %v", err)
+	}
+	if left, err := filepath.Glob(filepath.Join(leases, "broken/10.*")); err != nil || len(left) > 0 {
+		n.Errorf("addresses left: %q, %v", left, err)
+	}
+	if err := os.Remove(list); err != nil {
+		n.Fatal(err)
+	}
+	n.awaitNetwork("vmshim")
+}
+
+// userNamespace asks for one, which containerd 1.6 does not know of.
+func (n *node) userNamespace() {
+	n.Helper()
+	if generation == "debian" {
+		return
+	}
+	ids := []*runtimeapi.IDMapping{{HostId: 100000, Length: 65536}}
+	n.refused("userns", func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{
+			UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids},
+		}}
+	}, "user namespace")
+}
+
+// refused runs a pod that has to fail with the words, and to leave nothing.
+func (n *node) refused(name string, change func(*runtimeapi.PodSandboxConfig), words string) {
+	n.Helper()
+	before := n.links()
+	if _, err := n.try("runp", "--runtime", n.handler, n.podFile(name, change)); err == nil || !strings.Contains(err.Error(), words) {
+		n.Errorf("pod %s: %v, want %q", name, err, words)
+	}
+	left, err := n.Leftovers(n.local.StateDir())
+	if err != nil {
+		n.Fatal(err)
+	}
+	left = slices.Concat(left, n.removeCgroups(), strings.Fields(n.crictl("pods", "--quiet")))
+	for _, link := range n.links() {
+		if !strings.HasPrefix(link, "br-") && link != "cni0" && !slices.Contains(before, link) { // bridges stay
+			left = append(left, link)
+		}
+	}
+	if len(left) > 0 {
+		n.Errorf("left of pod %s: %q", name, left)
+	}
+}
+
+// awaitNetwork waits until containerd has noticed which network pods get.
+func (n *node) awaitNetwork(name string) {
+	n.Helper()
+	var out struct {
+		CNIConfig struct {
+			Networks []struct{ Config struct{ Name string } }
+		}
+	}
+	var names []string
+	for deadline := time.Now().Add(30 * time.Second); !slices.Contains(names, name); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			n.Fatalf("networks %q, want %q", names, name)
+		}
+		if err := json.Unmarshal([]byte(n.crictl("info")), &out); err != nil {
+			n.Fatal(err)
+		}
+		names = nil
+		for _, network := range out.CNIConfig.Networks {
+			names = append(names, network.Config.Name)
+		}
+	}
+}
+
+// links are the names of the host's interfaces.
+func (n *node) links() (names []string) {
+	n.Helper()
+	all, err := net.Interfaces()
+	if err != nil {
+		n.Fatal(err)
+	}
+	for _, link := range all {
+		names = append(names, link.Name)
+	}
+	return names
 }
 
 // configMap makes a volume as the kubelet does, and changes it so.

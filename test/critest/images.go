@@ -47,7 +47,7 @@ func images(ctx context.Context, work string) (map[string]*ociimage.Layout, erro
 		}
 	}
 	all := []ociimage.Image{
-		{Name: kubernetes + "e2e-test-images/busybox:1.29-2", Config: config("sh")},
+		{Name: kubernetes + "e2e-test-images/busybox:1.29-2", Config: config("sh"), Files: []ociimage.File{as("bin/sh", 0o755)}},
 		{Name: kubernetes + "e2e-test-images/nginx:1.14-2", Config: config("nginx"), Files: []ociimage.File{as("bin/nginx", 0o755)}},
 		{Name: kubernetes + "e2e-test-images/httpd:2.4.39-4", Config: config("nginx"), Files: []ociimage.File{as("bin/nginx", 0o755)}},
 		{Name: kubernetes + "e2e-test-images/nonewprivs:1.3", Config: config("/nonewprivs"), Files: []ociimage.File{as("nonewprivs", 0o4755)}},

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -22,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vmshim/vmshim/pkg/storage"
 	"github.com/vmshim/vmshim/test/daemon"
 )
 
@@ -34,7 +36,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.focus, "focus", "", "run only tests that match this regular expression")
 	flag.StringVar(&o.skip, "skip", "", "leave out tests that match this regular expression")
-	flag.StringVar(&o.modes, "modes", "vm,vm-sandbox", "runtime handlers to compare with runc")
+	flag.StringVar(&o.modes, "modes", "vm,vm-sandbox", "runtime handlers to compare with runc; empty: runc alone")
 	flag.StringVar(&o.out, "out", "_output/critest", "where reports and logs go")
 	flag.BoolVar(&o.keep, "keep", false, "keep the working directory")
 	flag.Parse()
@@ -69,7 +71,7 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 		return false, err
 	}
 	if !o.keep {
-		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+		defer func() { err = errors.Join(err, remove(dir)) }()
 	}
 	local, err := daemon.NewLocal(ctx, dir, "debug = true")
 	if err != nil {
@@ -100,21 +102,42 @@ func compare(ctx context.Context, o options) (ok bool, err error) {
 	}
 	defer func() {
 		_ = os.WriteFile(filepath.Join(o.out, "containerd.log"), []byte(d.Tail(1_000_000)), 0o600)
-		err = errors.Join(err, d.Stop())
+		err = errors.Join(err, removePods(context.WithoutCancel(ctx), d), d.Stop())
 		removeCgroups()
 	}()
-	handlers := append([]string{daemon.HandlerRunc}, strings.Split(o.modes, ",")...)
-	results := map[string]result{}
+	handlers := append([]string{daemon.HandlerRunc}, strings.FieldsFunc(o.modes, func(r rune) bool { return r == ',' })...)
+	results, took := map[string]result{}, map[string]time.Duration{}
 	for _, handler := range handlers {
 		began := time.Now()
-		if results[handler], err = critest(ctx, local, d, o, handler); err != nil {
+		report := &progress{out: os.Stdout, handler: handler, base: results[handlers[0]], allowed: allowed}
+		if results[handler], err = critest(ctx, local, d, o, handler, report); err != nil {
 			return false, fmt.Errorf("on %s: %w", handler, err)
 		}
-		fmt.Printf("%-12s %s  (%.0f s)\n", handler, results[handler], time.Since(began).Seconds())
+		took[handler] = time.Since(began)
 	}
 	text, ok := table(results, handlers, allowed, o.focus == "" && o.skip == "")
+	text += "\n" + summary(results, handlers, allowed, took)
 	fmt.Print("\n" + text)
 	return ok, os.WriteFile(filepath.Join(o.out, "table.txt"), []byte(text), 0o600)
+}
+
+// remove removes a directory, but nothing through the mounts that failed tests
+// leave below it.
+func remove(dir string) error {
+	if err := storage.Unmount(dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+// removePods removes those of tests that were interrupted.
+func removePods(ctx context.Context, d *daemon.Daemon) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	if out, err := d.Crictl(ctx, "rmp", "--all", "--force").CombinedOutput(); err != nil {
+		return fmt.Errorf("remove pods: %w: %s", err, out)
+	}
+	return nil
 }
 
 // removeCgroups removes the groups in which CRI puts pods without a parent of
@@ -143,8 +166,10 @@ func serveImages(ctx context.Context, work string) (url string, err error) {
 	return "http://" + l.Addr().String(), nil
 }
 
-// critest runs it on a runtime handler.
-func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string) (result, error) {
+// critest runs it on a runtime handler; follow gets what it writes, too.
+func critest(
+	ctx context.Context, local *daemon.Local, d *daemon.Daemon, o options, handler string, follow io.Writer,
+) (result, error) {
 	tools, err := local.Hack(ctx, "critest")
 	if err != nil {
 		return nil, err
@@ -169,8 +194,10 @@ func critest(ctx context.Context, local *daemon.Local, d *daemon.Daemon, o optio
 		args = append(args, "-ginkgo.skip", o.skip)
 	}
 	cmd := exec.CommandContext(ctx, filepath.Join(tools, "critest"), args...)
-	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = log, log, 10*time.Second
+	both := io.MultiWriter(log, follow)
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = both, both, 10*time.Second
 	cmd.Dir = local.Dir
+	cmd.Env = append(os.Environ(), "TMPDIR="+local.Dir) // where failed tests leave something
 	// Failed tests are in the report.
 	if err := cmd.Run(); err != nil && (ctx.Err() != nil || cmd.ProcessState == nil) {
 		return nil, err

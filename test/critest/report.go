@@ -7,25 +7,19 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 )
 
 // A result has the outcome of each test: passed, failed, skipped.
 type result map[string]string
 
-const passed = "passed"
+const (
+	passed  = "passed"
+	skipped = "skipped"
+)
 
-// String counts.
-func (r result) String() string {
-	count := map[string]int{}
-	for _, outcome := range r {
-		count[outcome]++
-	}
-	var parts []string
-	for _, outcome := range slices.Sorted(maps.Keys(count)) {
-		parts = append(parts, fmt.Sprintf("%d %s", count[outcome], outcome))
-	}
-	return strings.Join(parts, ", ")
-}
+// namePrefix begins every test's name.
+const namePrefix = "[k8s.io] "
 
 func readReport(path string) (result, error) {
 	text, err := os.ReadFile(path)
@@ -49,7 +43,7 @@ func parseReport(text []byte) (result, error) {
 	r := result{}
 	for _, c := range report.Cases {
 		if name, ok := strings.CutPrefix(c.Name, "[It] "); ok {
-			r[strings.TrimPrefix(name, "[k8s.io] ")] = c.Status
+			r[strings.TrimPrefix(name, namePrefix)] = c.Status
 		}
 	}
 	return r, nil
@@ -104,7 +98,7 @@ func table(results map[string]result, handlers []string, allowed map[string]stri
 			outcome := results[h][test]
 			row = append(row, outcome)
 			worse = worse || base[test] == passed && outcome != passed
-			ran = ran || outcome != "skipped" && outcome != ""
+			ran = ran || outcome != skipped && outcome != ""
 		}
 		if !ran {
 			continue
@@ -135,4 +129,36 @@ func table(results map[string]result, handlers []string, allowed map[string]stri
 		ok = false
 	}
 	return b.String(), ok
+}
+
+// summary counts by handler. What is worse than on the first one is either
+// excused or a failure of ours.
+func summary(results map[string]result, handlers []string, allowed map[string]string, took map[string]time.Duration) string {
+	var b strings.Builder
+	fmt.Fprint(&b, "| | passed | failed | skipped | as on "+handlers[0]+" | excused | worse | minutes |\n|---|"+strings.Repeat("---:|", 7)+"\n")
+	base := results[handlers[0]]
+	for _, h := range handlers {
+		count := map[string]int{}
+		for test, outcome := range base {
+			_, excused := allowed[test]
+			switch {
+			case outcome != passed:
+			case results[h][test] == passed:
+				count["same"]++
+			case excused:
+				count["excused"]++
+			default:
+				count["worse"]++
+			}
+		}
+		for _, outcome := range results[h] {
+			if outcome != passed && outcome != skipped {
+				outcome = "failed" // by a panic, or out of time
+			}
+			count[outcome]++
+		}
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %d | %.0f |\n", h, count[passed], count["failed"], count[skipped],
+			count["same"], count["excused"], count["worse"], took[h].Minutes())
+	}
+	return b.String()
 }

@@ -4,14 +4,18 @@
 //	nginx [PORT]    a web server whose master process has nginx' name
 //	nonewprivs      says whom it runs as
 //	pause           waits for a signal
+//	sh              busybox', but for a script of one word
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/signal"
 	"path"
+	"path/filepath"
+	"regexp"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -46,10 +50,27 @@ func run(args []string) error {
 		told := make(chan os.Signal, 1)
 		signal.Notify(told, unix.SIGTERM, unix.SIGINT)
 		<-told
+	case name == "sh":
+		return shell(args)
 	default:
 		return fmt.Errorf("no program %q", name)
 	}
 	return nil
+}
+
+var word = regexp.MustCompile(`^[a-z]+$`)
+
+// shell looks for a command in PATH as upstream's does: Debian's busybox takes
+// its own ls for the one whose path is masked.
+func shell(args []string) error {
+	if len(args) == 3 && args[1] == "-c" && word.MatchString(args[2]) {
+		for _, dir := range filepath.SplitList(os.Getenv("PATH")) {
+			if err := unix.Exec(filepath.Join(dir, args[2]), args[2:], os.Environ()); errors.Is(err, unix.EACCES) {
+				return fmt.Errorf("%s: %s: Permission denied", args[0], args[2])
+			}
+		}
+	}
+	return unix.Exec("/bin/busybox", args, os.Environ())
 }
 
 func serve(port string) error {
