@@ -51,7 +51,6 @@ type host struct {
 var hosts = map[string]func() (*host, error){}
 
 func TestMain(m *testing.M) {
-	vmtest.SayHost()
 	os.Exit(func() int {
 		var (
 			mu      sync.Mutex
@@ -68,7 +67,7 @@ func TestMain(m *testing.M) {
 				return h, err
 			})
 		}
-		code := m.Run()
+		code := vmtest.Run(m)
 		for _, h := range started {
 			if err := h.Stop(); err != nil {
 				fmt.Fprintln(os.Stderr, err)
@@ -90,7 +89,13 @@ func start(generation string) (*host, error) {
 		return nil, err
 	}
 	ctx := context.Background()
-	local, err := daemon.NewLocal(ctx, dir, "debug = true", "annotations = ['io.vmshim.vcpus', 'io.vmshim.kernel_params']")
+	var templates string
+	if runtime == ours {
+		if templates, err = vmtest.Templates(func(dir string) error { return daemon.MakeTemplates(ctx, dir) }); err != nil {
+			return nil, err
+		}
+	}
+	local, err := daemon.NewLocal(ctx, dir, "debug = true", daemon.TemplateDir(templates), "annotations = ['io.vmshim.vcpus', 'io.vmshim.kernel_params']")
 	if err != nil {
 		return nil, err
 	}

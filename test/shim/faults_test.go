@@ -44,7 +44,7 @@ func TestShimMachineKilled(t *testing.T) {
 
 // QEMU, or what it cannot do without, dies while the machine boots, or later.
 func TestShimHelpersKilled(t *testing.T) {
-	h := newHost(t)
+	h := newHostWith(t, "")
 	for i, victim := range []string{"qemu-system", "virtiofsd"} {
 		c := h.bundle("boot"+string(rune('0'+i)), "sleep", "1000").start()
 		done := make(chan error, 1)

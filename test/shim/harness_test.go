@@ -49,7 +49,21 @@ type host struct {
 	all     []*tasks
 }
 
+// newHost is a host whose machines go on from templates, where there is KVM.
 func newHost(tb testing.TB, extra ...string) *host {
+	tb.Helper()
+	if testing.Short() {
+		tb.Skip("starts machines; not in short mode")
+	}
+	dir, err := vmtest.Templates(func(dir string) error { return daemon.MakeTemplates(tb.Context(), dir) })
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return newHostWith(tb, dir, extra...)
+}
+
+// newHostWith is a host with templates of its own, or none.
+func newHostWith(tb testing.TB, templates string, extra ...string) *host {
 	tb.Helper()
 	if testing.Short() {
 		tb.Skip("starts machines; not in short mode")
@@ -59,7 +73,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	local, err := daemon.NewLocal(tb.Context(), dir, append(extra, "debug = true")...)
+	local, err := daemon.NewLocal(tb.Context(), dir, append(extra, "debug = true", daemon.TemplateDir(templates))...)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -38,7 +38,7 @@ const guestShare = "/run/kata-containers/shared/containers/"
 // startGuest boots a machine and a sandbox in it.
 func startGuest(t *testing.T) *guest {
 	t.Helper()
-	m := vmtest.Boot(t)
+	m := vmtest.Resume(t)
 	g := &guest{
 		Client:    agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(1024)}),
 		t:         t,

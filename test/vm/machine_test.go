@@ -29,7 +29,11 @@ type machine struct {
 // boot starts a machine whose agent serves.
 func boot(tb testing.TB, change ...func(*hypervisor.Spec)) *machine {
 	tb.Helper()
-	m := &machine{Machine: vmtest.Boot(tb, change...), tb: tb}
+	start := vmtest.Boot
+	if len(change) == 0 {
+		start = vmtest.Resume
+	}
+	m := &machine{Machine: start(tb, change...), tb: tb}
 	conn, err := m.Dial(m.ctx(), extension.AgentPort)
 	if err != nil {
 		tb.Fatal(err)
