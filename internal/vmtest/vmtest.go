@@ -175,7 +175,11 @@ type Machine struct {
 
 // Timeout bounds waits for a guest: generous, because a machine that is shared
 // and emulates may take its time.
-var Timeout = 90 * time.Second * time.Duration(Patience())
+var Timeout = Within(90 * time.Second)
+
+// Within is a limit of time for what takes a guest, or programs beside it, no
+// longer than that where the host is not emulated.
+func Within(limit time.Duration) time.Duration { return limit * time.Duration(Patience()) }
 
 // Patience is how many times longer everything takes: kvmhost says so where the
 // host of the machines is emulated, too.

@@ -179,7 +179,7 @@ func (t *test) clean() {
 		_ = t.Ctr(ctx, "container", "delete", id).Run()
 	}
 	var left []string
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(vmtest.Within(10 * time.Second)); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		var err error
 		if left, err = t.Leftovers(t.local.StateDir(), t.ids...); err != nil {
 			t.Fatal(err)
@@ -292,12 +292,13 @@ func (t *test) pid(id string) (pid int) {
 // eventually waits for a state that is reached soon.
 func (t *test) eventually(what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	limit := vmtest.Within(15 * time.Second)
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if ok() {
 			return
 		}
 	}
-	t.Fatalf("not within 15 s: %s", what)
+	t.Fatalf("not within %v: %s", limit, what)
 }
 
 func (t *test) equal(what string, got, want any) {

@@ -103,7 +103,7 @@ func newHostWith(tb testing.TB, templates string, extra ...string) *host {
 func (h *host) wantNothing() {
 	h.Helper()
 	// Loggers and the like are reaped by whoever started them.
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(vmtest.Within(2 * time.Second)); ; time.Sleep(20 * time.Millisecond) {
 		left := h.leftovers()
 		if len(left) == 0 {
 			return
@@ -449,7 +449,7 @@ func (t *tasks) wantStatus(want task.Status) {
 	if err != nil || r.GetStatus() != want {
 		t.Errorf("State %v, %v; want %v", r.GetStatus(), err, want)
 	}
-	if took := time.Since(begin); took > time.Second {
+	if took := time.Since(begin); took > vmtest.Within(time.Second) {
 		t.Errorf("State took %v", took)
 	}
 }
@@ -497,7 +497,7 @@ func (t *tasks) cleanup() *taskapi.DeleteResponse {
 	if err != nil || errs.Len() > 0 {
 		t.Errorf("delete: %v: %s", err, &errs)
 	}
-	if took := time.Since(begin); took > 5*time.Second {
+	if took := time.Since(begin); took > vmtest.Within(5*time.Second) {
 		t.Errorf("delete took %v", took)
 	}
 	var answer taskapi.DeleteResponse

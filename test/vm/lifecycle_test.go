@@ -79,7 +79,7 @@ func TestVMBootsAndPowersOff(t *testing.T) {
 		t.Errorf("destroy sandbox: %v", err)
 	}
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, vmtest.Within(20*time.Second))
 	defer cancel()
 	if err := m.Shutdown(ctx); err != nil {
 		t.Errorf("shutdown: %v", err)
