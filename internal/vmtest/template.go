@@ -46,8 +46,9 @@ func Resume(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 // Templates is a directory of templates that all tests of the process share. The
 // first to ask makes them. Empty: machines boot, for there is no KVM.
 func Templates(makeIn func(dir string) error) (string, error) {
-	if kvm() != nil {
-		return "", nil
+	h, err := host()
+	if err != nil || h.Accelerator != qemu.KVM {
+		return "", err
 	}
 	return templates.with(makeIn)
 }
