@@ -15,23 +15,30 @@ import (
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 )
 
-// Main is for the TestMain of a package whose tests boot machines: it says what
-// they run on.
-func Main(m *testing.M) {
-	SayHost()
-	os.Exit(m.Run())
+// Main is for the TestMain of a package whose tests start machines.
+func Main(m *testing.M) { os.Exit(Run(m)) }
+
+// Run says what machines run on, runs the tests, and removes their templates.
+func Run(m *testing.M) int {
+	sayHost()
+	code := m.Run()
+	if err := templates.remove(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	return code
 }
 
-// SayHost prints one line on what machines of this host run on, unless the
+// sayHost prints one line on what machines of this host run on, unless the
 // tests that boot some are skipped.
-func SayHost() {
+func sayHost() {
 	flag.Parse()
 	if testing.Short() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) //nolint:forbidigo // outside a test's life
 	defer cancel()
-	h, err := qemu.Probe(ctx, Config())
+	h, err := host()
 	if h == nil {
 		h = &qemu.Host{}
 	}

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -97,11 +98,12 @@ func Config() qemu.Config {
 	return cfg
 }
 
-func host() (*qemu.Host, error) {
+// host is asked once: it takes seconds where the host is emulated.
+var host = sync.OnceValues(func() (*qemu.Host, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) //nolint:forbidigo // outside a test's life
 	defer cancel()
 	return qemu.Probe(ctx, Config())
-}
+})
 
 // guestDir is where the image is.
 func guestDir() string {
@@ -173,7 +175,11 @@ type Machine struct {
 
 // Timeout bounds waits for a guest: generous, because a machine that is shared
 // and emulates may take its time.
-var Timeout = 90 * time.Second * time.Duration(Patience())
+var Timeout = Within(90 * time.Second)
+
+// Within is a limit of time for what takes a guest, or programs beside it, no
+// longer than that where the host is not emulated.
+func Within(limit time.Duration) time.Duration { return limit * time.Duration(Patience()) }
 
 // Patience is how many times longer everything takes: kvmhost says so where the
 // host of the machines is emulated, too.
@@ -198,10 +204,21 @@ func Context(tb testing.TB) context.Context {
 func Start(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 	tb.Helper()
 	Need(tb, Root, QEMU, Share, Image)
-	opts, spec := Options(tb), Spec(tb)
+	return start(tb, changed(tb, change), Options(tb))
+}
+
+// changed is the description of a test's machine.
+func changed(tb testing.TB, change []func(*hypervisor.Spec)) hypervisor.Spec {
+	tb.Helper()
+	spec := Spec(tb)
 	for _, f := range change {
 		f(&spec)
 	}
+	return spec
+}
+
+func start(tb testing.TB, spec hypervisor.Spec, opts qemu.Options) *Machine {
+	tb.Helper()
 	m := &Machine{Started: time.Now()}
 	if len(spec.Shares) > 0 {
 		m.Share = spec.Shares[0].Dir
@@ -226,6 +243,13 @@ func Start(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 func Boot(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 	tb.Helper()
 	m := Start(tb, change...)
+	m.wait(tb)
+	return m
+}
+
+// wait waits for the agent.
+func (m *Machine) wait(tb testing.TB) {
+	tb.Helper()
 	select {
 	case <-m.Ready():
 	case <-m.Done():
@@ -233,5 +257,4 @@ func Boot(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 	case <-time.After(Timeout):
 		tb.Fatalf("no agent after %v", Timeout)
 	}
-	return m
 }

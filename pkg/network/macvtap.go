@@ -90,6 +90,10 @@ func deviceNode(link string) (path string, remove func(), err error) {
 	if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 		return "", nil, fmt.Errorf("unmount sysfs: %w", err)
 	}
+	// The directory's own file system may allow no devices, as systemd's /tmp.
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0700,size=64k"); err != nil {
+		return "", nil, fmt.Errorf("mount tmpfs: %w", err)
+	}
 	path = filepath.Join(dir, "tap")
 	if err := unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(major, minor))); err != nil {
 		return "", nil, &os.PathError{Op: "mknod", Path: path, Err: err}

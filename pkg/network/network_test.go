@@ -106,6 +106,15 @@ func (p *pod) wantClean() {
 	}
 }
 
+// noDevices has temporary files where no device can be opened, as systemd's /tmp.
+func (p *pod) noDevices() {
+	p.t.Helper()
+	dir := p.t.TempDir()
+	p.must(unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, ""))
+	p.t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	p.t.Setenv("TMPDIR", dir)
+}
+
 // TestAttach moves frames from the wire to the tap and back, and leaves nothing.
 func TestAttach(t *testing.T) {
 	for name, tt := range map[string]struct {
@@ -115,6 +124,7 @@ func TestAttach(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			queues, cfg := tt.queues, Config{Model: tt.model, Vhost: "off"}
 			p := newPod(t)
+			p.noDevices()
 			eth0 := p.veth("02:00:00:00:00:02", "10.1.0.2/24")
 			id := LinkID{eth0.Attrs().Index, "eth0"}
 			a, err := p.Attach(id, "sb", queues, cfg)

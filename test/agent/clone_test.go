@@ -150,7 +150,7 @@ func (c *clone) goOn(e *env, ask func(context.Context) error) bool {
 		e.ok(c.qmp.Execute(e.ctx, "x-query-virtio-status", map[string]any{"path": "/machine/peripheral/vsock/virtio-backend"}, &device))
 		return slices.ContainsFunc(device.Status.Statuses, func(s string) bool { return strings.Contains(s, "DRIVER_OK") })
 	})
-	late := time.After(25 * time.Second * time.Duration(vmtest.Patience()))
+	late := time.After(vmtest.Within(25 * time.Second))
 	for {
 		ctx, cancel := context.WithTimeout(e.ctx, 3*time.Second)
 		err := ask(ctx)

@@ -180,7 +180,7 @@ func (g *guest) ask(ctx context.Context, script string) (o observation, err erro
 
 // answers says whether the guest can be reached at all.
 func (g *guest) answers() bool {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Within(20*time.Second))
 	defer cancel()
 	_, err := g.ask(ctx, "true")
 	return err == nil

@@ -12,6 +12,7 @@ import (
 
 	guestagent "github.com/vmshim/vmshim/internal/guest"
 	"github.com/vmshim/vmshim/internal/need"
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/agent/plain"
 )
 
@@ -23,7 +24,7 @@ type wireHost struct {
 
 func (h wireHost) call(method string, req plain.Msg) (plain.Fields, error) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), vmtest.Within(time.Minute))
 	defer cancel()
 	return h.Call(ctx, plain.Agent, method, req)
 }

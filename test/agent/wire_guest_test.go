@@ -157,7 +157,7 @@ func (g wireGuest) wait(id, exec string) uint64 {
 
 func (g wireGuest) exists(id, file string) {
 	g.t.Helper()
-	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(vmtest.Within(time.Minute)); ; time.Sleep(20 * time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(g.share, id, "rootfs", file)); err == nil {
 			return
 		}
@@ -326,7 +326,7 @@ func wireOOM(g wireGuest) {
 		if answer.Str(1) != "oom" {
 			g.t.Errorf("event of %q", answer.Str(1))
 		}
-	case <-time.After(time.Minute):
+	case <-time.After(vmtest.Within(time.Minute)):
 		g.t.Fatal("no event")
 	}
 	if got := g.wait("oom", "oom"); got != 137 {
@@ -351,7 +351,7 @@ func wirePipeSize(g wireGuest) {
 	g.start("pipe", "/bin/sh", "-c", "trap 'exit 0' PIPE; i=0; while :; do echo 0123456789abcde; i=$((i+1)); echo $i >/written; done")
 	// 8 KiB in the pipe, and what the agent takes beforehand.
 	last := ""
-	for end, same := time.Now().Add(time.Minute), 0; same < 10 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end, same := time.Now().Add(vmtest.Within(time.Minute)), 0; same < 10 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		b, _ := os.ReadFile(filepath.Join(g.share, "pipe", "rootfs/written"))
 		if now := string(b); now != "" && now == last {
 			same++
@@ -430,7 +430,7 @@ func wireLog(g wireGuest, m *vmtest.Machine) {
 		g.t.Fatal(err)
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(time.Minute))
+	_ = conn.SetDeadline(time.Now().Add(vmtest.Within(time.Minute)))
 	g.refused("a request to be found in the log", "StatsContainer", plain.Msg{}.Str(1, "marked"), plain.NotFound)
 	left := []string{
 		"agent.server_addr", "not a number", "agent.cdh_api_timeout", // what was wrong with the parameters

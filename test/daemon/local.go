@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -67,6 +68,28 @@ func (l *Local) MakeTemplates(ctx context.Context) error {
 	}
 	return nil
 }
+
+// MakeTemplates makes those of plain sandboxes, where there are none yet, in a
+// directory that several Locals share.
+func MakeTemplates(ctx context.Context, templates string) (err error) {
+	if made, err := os.ReadDir(templates); err != nil || len(made) > 0 {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "local")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	l, err := NewLocal(ctx, dir, TemplateDir(templates))
+	if err != nil {
+		return err
+	}
+	return l.MakeTemplates(ctx)
+}
+
+// TemplateDir is the line of a configuration for a directory of templates. With
+// an empty one machines boot.
+func TemplateDir(dir string) string { return fmt.Sprintf("template_dir = '%s'", dir) }
 
 // Start runs a containerd of the generation with the image imported.
 func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {

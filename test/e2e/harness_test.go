@@ -51,7 +51,6 @@ type host struct {
 var hosts = map[string]func() (*host, error){}
 
 func TestMain(m *testing.M) {
-	vmtest.SayHost()
 	os.Exit(func() int {
 		var (
 			mu      sync.Mutex
@@ -68,7 +67,7 @@ func TestMain(m *testing.M) {
 				return h, err
 			})
 		}
-		code := m.Run()
+		code := vmtest.Run(m)
 		for _, h := range started {
 			if err := h.Stop(); err != nil {
 				fmt.Fprintln(os.Stderr, err)
@@ -90,7 +89,13 @@ func start(generation string) (*host, error) {
 		return nil, err
 	}
 	ctx := context.Background()
-	local, err := daemon.NewLocal(ctx, dir, "debug = true", "annotations = ['io.vmshim.vcpus', 'io.vmshim.kernel_params']")
+	var templates string
+	if runtime == ours {
+		if templates, err = vmtest.Templates(func(dir string) error { return daemon.MakeTemplates(ctx, dir) }); err != nil {
+			return nil, err
+		}
+	}
+	local, err := daemon.NewLocal(ctx, dir, "debug = true", daemon.TemplateDir(templates), "annotations = ['io.vmshim.vcpus', 'io.vmshim.kernel_params']")
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +179,7 @@ func (t *test) clean() {
 		_ = t.Ctr(ctx, "container", "delete", id).Run()
 	}
 	var left []string
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(vmtest.Within(10 * time.Second)); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		var err error
 		if left, err = t.Leftovers(t.local.StateDir(), t.ids...); err != nil {
 			t.Fatal(err)
@@ -287,12 +292,13 @@ func (t *test) pid(id string) (pid int) {
 // eventually waits for a state that is reached soon.
 func (t *test) eventually(what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	limit := vmtest.Within(15 * time.Second)
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if ok() {
 			return
 		}
 	}
-	t.Fatalf("not within 15 s: %s", what)
+	t.Fatalf("not within %v: %s", limit, what)
 }
 
 func (t *test) equal(what string, got, want any) {

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/daemon"
 	"github.com/vmshim/vmshim/test/ociimage"
 )
@@ -82,7 +83,7 @@ func newNerd(t *testing.T) *nerd {
 	t.Cleanup(func() {
 		_, _ = n.try("rm", "-f", "web", "client", "bare", "broken")
 		left, err := n.Leftovers(local.StateDir())
-		for end := time.Now().Add(10 * time.Second); len(left) > 0 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		for end := time.Now().Add(vmtest.Within(10 * time.Second)); len(left) > 0 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 			left, err = n.Leftovers(local.StateDir())
 		}
 		if err != nil || len(left) > 0 {
@@ -122,7 +123,7 @@ func (n *nerd) loopback() {
 
 // try runs nerdctl with a time limit.
 func (n *nerd) try(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Within(2*time.Minute))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, n.binary, append([]string{
 		"--address", n.Address(), "--namespace", "default", "--data-root", filepath.Join(n.dir, "nerdctl"),
@@ -299,12 +300,12 @@ func (n *nerd) processes() {
 // get reads what a port says.
 func (n *nerd) get(address string) string {
 	n.Helper()
-	conn, err := net.DialTimeout("tcp", address, 10*time.Second)
+	conn, err := net.DialTimeout("tcp", address, vmtest.Within(10*time.Second))
 	if err != nil {
 		return err.Error()
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(vmtest.Within(30 * time.Second)))
 	text, err := io.ReadAll(conn)
 	if err != nil {
 		return err.Error()

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/test/daemon"
 )
 
@@ -49,7 +50,7 @@ func shell(t *test, args ...string) {
 	select {
 	case <-term.Exited():
 		t.equal("exit code", term.ExitCode(), 5)
-	case <-time.After(15 * time.Second):
+	case <-time.After(vmtest.Within(15 * time.Second)):
 		t.Error("the shell does not end")
 	}
 }

@@ -83,6 +83,29 @@ func TestListenSilence(t *testing.T) {
 	}
 }
 
+// A hanging machine says perhaps that it is up, and answers to nothing.
+type hanging struct{ ready chan struct{} }
+
+func (h hanging) Ready() <-chan struct{} { return h.ready }
+func (h hanging) Done() <-chan struct{}  { return nil }
+
+func (h hanging) Dial(ctx context.Context, _ uint32) (net.Conn, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A machine that hangs on its way up is not waited for any longer.
+func TestReachSilence(t *testing.T) {
+	up := hanging{make(chan struct{})}
+	close(up.ready)
+	for name, vm := range map[string]hanging{"boot": {}, "dial": up} {
+		_, err := reach(t.Context(), vm, 50*time.Millisecond)
+		if err == nil || !strings.Contains(err.Error(), "said nothing for 50ms") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // Whatever processor it speaks from, the machine says that it lives.
 func TestSayAlive(t *testing.T) {
 	here, machine := net.Pipe()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/gob"
 	"errors"
@@ -103,14 +104,44 @@ func (e *lostError) Unwrap() error { return e.err }
 
 // use waits for the machine and converses with it.
 func use(ctx context.Context, vm *qemu.VM, work order, files *gob.Encoder, up func(about string)) error {
+	conn, err := reach(ctx, vm, silence)
+	if err != nil {
+		return &lostError{err}
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	return converse(conn, work, files, up)
+}
+
+// A booting machine is one that is on its way up.
+type booting interface {
+	Ready() <-chan struct{}
+	Done() <-chan struct{}
+	Dial(ctx context.Context, port uint32) (net.Conn, error)
+}
+
+// reach connects to the machine when it is up. It can hang on its way, also
+// after its server has said that it is there.
+func reach(ctx context.Context, vm booting, silence time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, silence, silent(silence))
+	defer cancel()
 	select {
 	case <-vm.Ready():
-		return converse(ctx, vm, work, files, up)
+		conn, err := vm.Dial(ctx, port)
+		if err != nil {
+			return nil, cmp.Or(context.Cause(ctx), err)
+		}
+		return conn, nil
 	case <-vm.Done():
-		return &lostError{errors.New("boot failed")}
+		return nil, errors.New("boot failed")
 	case <-ctx.Done():
-		return &lostError{fmt.Errorf("boot: %w", context.Cause(ctx))}
+		return nil, fmt.Errorf("boot: %w", context.Cause(ctx))
 	}
+}
+
+func silent(silence time.Duration) error {
+	return fmt.Errorf("the machine has said nothing for %v", silence)
 }
 
 // explain adds what is known of a machine that was lost.
@@ -271,14 +302,10 @@ func bindReadOnly(dir *os.File, at string) error {
 }
 
 // converse gives the order and does what comes back, to the end.
-func converse(ctx context.Context, vm *qemu.VM, work order, files *gob.Encoder, up func(about string)) error {
-	conn, err := vm.Dial(ctx, port)
-	if err != nil {
-		return &lostError{err}
+func converse(conn net.Conn, work order, files *gob.Encoder, up func(about string)) error {
+	if err := conn.SetWriteDeadline(time.Now().Add(silence)); err != nil {
+		return err
 	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
 	if err := gob.NewEncoder(conn).Encode(work); err != nil {
 		return &lostError{fmt.Errorf("give order: %w", err)}
 	}
@@ -293,7 +320,7 @@ func listen(conn net.Conn, silence time.Duration, files *gob.Encoder, up func(ab
 		}
 		var f frame
 		if err := in.Decode(&f); errors.Is(err, os.ErrDeadlineExceeded) {
-			return &lostError{fmt.Errorf("the machine has said nothing for %v", silence)}
+			return &lostError{silent(silence)}
 		} else if err != nil {
 			return &lostError{fmt.Errorf("connection to the machine ended: %w", err)}
 		}

@@ -49,7 +49,21 @@ type host struct {
 	all     []*tasks
 }
 
+// newHost is a host whose machines go on from templates, where there is KVM.
 func newHost(tb testing.TB, extra ...string) *host {
+	tb.Helper()
+	if testing.Short() {
+		tb.Skip("starts machines; not in short mode")
+	}
+	dir, err := vmtest.Templates(func(dir string) error { return daemon.MakeTemplates(tb.Context(), dir) })
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return newHostWith(tb, dir, extra...)
+}
+
+// newHostWith is a host with templates of its own, or none.
+func newHostWith(tb testing.TB, templates string, extra ...string) *host {
 	tb.Helper()
 	if testing.Short() {
 		tb.Skip("starts machines; not in short mode")
@@ -59,7 +73,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	local, err := daemon.NewLocal(tb.Context(), dir, append(extra, "debug = true")...)
+	local, err := daemon.NewLocal(tb.Context(), dir, append(extra, "debug = true", daemon.TemplateDir(templates))...)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -89,7 +103,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 func (h *host) wantNothing() {
 	h.Helper()
 	// Loggers and the like are reaped by whoever started them.
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(vmtest.Within(2 * time.Second)); ; time.Sleep(20 * time.Millisecond) {
 		left := h.leftovers()
 		if len(left) == 0 {
 			return
@@ -435,7 +449,7 @@ func (t *tasks) wantStatus(want task.Status) {
 	if err != nil || r.GetStatus() != want {
 		t.Errorf("State %v, %v; want %v", r.GetStatus(), err, want)
 	}
-	if took := time.Since(begin); took > time.Second {
+	if took := time.Since(begin); took > vmtest.Within(time.Second) {
 		t.Errorf("State took %v", took)
 	}
 }
@@ -483,7 +497,7 @@ func (t *tasks) cleanup() *taskapi.DeleteResponse {
 	if err != nil || errs.Len() > 0 {
 		t.Errorf("delete: %v: %s", err, &errs)
 	}
-	if took := time.Since(begin); took > 5*time.Second {
+	if took := time.Since(begin); took > vmtest.Within(5*time.Second) {
 		t.Errorf("delete took %v", took)
 	}
 	var answer taskapi.DeleteResponse

@@ -19,6 +19,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/vmtest"
 )
 
 // TestShimNetwork has a pod on a bridge: what the guest has is what the
@@ -265,7 +267,7 @@ func TestShimNetworkForward(t *testing.T) {
 		t.Helper()
 		var conn net.Conn
 		err := p.inside(func() (err error) {
-			conn, err = net.DialTimeout("tcp", to, 10*time.Second)
+			conn, err = net.DialTimeout("tcp", to, vmtest.Within(10*time.Second))
 			return err
 		})
 		h.must(err)
@@ -310,7 +312,7 @@ func TestShimNetworkForward(t *testing.T) {
 	}
 	// Nobody listens: reset, perhaps before the dialer looks.
 	err = p.inside(func() error {
-		conn, err := net.DialTimeout("tcp", "127.0.0.1:9", 10*time.Second)
+		conn, err := net.DialTimeout("tcp", "127.0.0.1:9", vmtest.Within(10*time.Second))
 		if err != nil {
 			return err
 		}
@@ -325,7 +327,7 @@ func TestShimNetworkForward(t *testing.T) {
 	c.end()
 	p.clean(h)
 	if err := p.inside(func() error {
-		_, err := net.DialTimeout("tcp", "127.0.0.1:8080", 10*time.Second)
+		_, err := net.DialTimeout("tcp", "127.0.0.1:8080", vmtest.Within(10*time.Second))
 		return err
 	}); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("after the end: %v", err)

@@ -14,7 +14,7 @@ import (
 
 // TestShimTemplate has machines go on from templates.
 func TestShimTemplate(t *testing.T) {
-	h := newHost(t, "template_dir = '"+t.TempDir()+"'")
+	h := newHostWith(t, t.TempDir())
 	h.must(h.local.MakeTemplates(h.Context()))
 	l := h.lan()
 	h.twoOfOneTemplate(l)
@@ -76,7 +76,7 @@ func (h *host) podFromTemplate(l *lan) {
 // Where a template can't be used the machine boots, and the log says why.
 func TestShimTemplateFaults(t *testing.T) {
 	dir := t.TempDir()
-	h := newHost(t, "template_dir = '"+dir+"'")
+	h := newHostWith(t, dir)
 	h.must(h.local.MakeTemplates(h.Context()))
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(files) != 2 {

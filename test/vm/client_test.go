@@ -38,7 +38,7 @@ const guestShare = "/run/kata-containers/shared/containers/"
 // startGuest boots a machine and a sandbox in it.
 func startGuest(t *testing.T) *guest {
 	t.Helper()
-	m := vmtest.Boot(t)
+	m := vmtest.Resume(t)
 	g := &guest{
 		Client:    agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(1024)}),
 		t:         t,
@@ -188,7 +188,7 @@ func TestVMClient(t *testing.T) {
 	}
 	select {
 	case <-g.m.Done():
-	case <-time.After(30 * time.Second):
+	case <-time.After(vmtest.Within(30 * time.Second)):
 		t.Error("the guest did not power off")
 	}
 	start := time.Now()
@@ -312,7 +312,7 @@ func clientBlockedStdin(g *guest) {
 	case <-time.After(2 * time.Second):
 	}
 	start := time.Now()
-	if err := g.Check(vmtest.Context(g.t)); err != nil || time.Since(start) > 5*time.Second {
+	if err := g.Check(vmtest.Context(g.t)); err != nil || time.Since(start) > vmtest.Within(5*time.Second) {
 		g.t.Errorf("check beside a blocked stream: %v after %v", err, time.Since(start))
 	}
 	if err := g.SignalProcess(vmtest.Context(g.t), "c", "", 9, false); err != nil {
@@ -323,7 +323,7 @@ func clientBlockedStdin(g *guest) {
 		if !errors.Is(err, io.ErrClosedPipe) {
 			g.t.Errorf("write to a process that was killed: %v", err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(vmtest.Within(20 * time.Second)):
 		g.t.Error("write hangs although the process was killed")
 		_ = s.Close()
 	}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -42,7 +43,7 @@ func (m *machine) createSandbox(change ...func(*protocol.CreateSandboxRequest)) 
 	}
 }
 
-func (m *machine) ctx() context.Context { return within(m.tb, 60*time.Second) }
+func (m *machine) ctx() context.Context { return within(m.tb, vmtest.Within(time.Minute)) }
 
 func within(tb testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
@@ -162,7 +163,7 @@ func (m *machine) tryStream(id, exec string, which byte) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	_ = conn.SetDeadline(time.Now().Add(2 * time.Minute))
+	_ = conn.SetDeadline(time.Now().Add(vmtest.Within(2 * time.Minute)))
 	if err := extension.WriteStreamHeader(conn, extension.StreamHeader{Stream: which, ContainerID: id, ExecID: exec}); err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -78,7 +79,7 @@ func testMissingCommand(t *testing.T, m *machine) {
 	there := time.Since(begin)
 	begin = time.Now()
 	_, err := m.agent.ExecProcess(m.ctx(), &protocol.ExecProcessRequest{ContainerId: "missing", ExecId: "e", Process: process("/bin/missing")})
-	if d := time.Since(begin); err == nil || d > 2*there+5*time.Second {
+	if d := time.Since(begin); err == nil || d > 2*there+vmtest.Within(5*time.Second) {
 		t.Errorf("after %v: %v; a command that is there took %v", d, err, there)
 	}
 }
@@ -179,7 +180,7 @@ func testBusyKill(t *testing.T, m *machine) {
 	signalled := time.Since(begin)
 	status := m.wait("victim", "victim").GetStatus()
 	t.Logf("nothing took %v, the signal %v, the end %v", nothing, signalled, time.Since(begin))
-	if status != 137 || signalled > 3*nothing+5*time.Second {
+	if status != 137 || signalled > 3*nothing+vmtest.Within(5*time.Second) {
 		t.Errorf("status %d; the signal took %v, nothing %v", status, signalled, nothing)
 	}
 	stop()

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
@@ -280,7 +281,7 @@ func failedContainer(t *testing.T, m *machine) {
 	if err == nil || !strings.Contains(err.Error(), "disk at PCI path 02/1e") {
 		t.Errorf("got %v", err)
 	}
-	if d := time.Since(start); d < 5*time.Second || d > 30*time.Second {
+	if d := time.Since(start); d < 5*time.Second || d > vmtest.Within(30*time.Second) {
 		t.Errorf("waited for %v", d)
 	}
 	if diff := cmp.Diff(before, m.guestMounts()); diff != "" {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -46,7 +47,7 @@ func TestVMKillWhileHanging(t *testing.T) {
 	m.signalShare(syscall.SIGSTOP)
 
 	created, executed, removed := make(chan error, 1), make(chan error, 1), make(chan error, 1)
-	long := within(t, 2*time.Minute)
+	long := within(t, vmtest.Within(2*time.Minute))
 	go func() {
 		_, err := m.agent.CreateContainer(long, &protocol.CreateContainerRequest{ContainerId: "hung", OCI: spec("hung", "/bin/busybox", "sleep", "1")})
 		created <- err
@@ -66,10 +67,10 @@ func TestVMKillWhileHanging(t *testing.T) {
 	soon := func(what string, f func(ctx context.Context) error) {
 		t.Helper()
 		start := time.Now()
-		if err := f(within(t, 5*time.Second)); err != nil {
+		if err := f(within(t, vmtest.Within(5*time.Second))); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
-		if d := time.Since(start); d > time.Second {
+		if d := time.Since(start); d > vmtest.Within(time.Second) {
 			t.Errorf("%s took %v", what, d)
 		}
 	}
@@ -109,7 +110,7 @@ func TestVMKillWhileHanging(t *testing.T) {
 	select {
 	case err := <-removed:
 		wantClass(t, "remove", err, context.DeadlineExceeded)
-	case <-time.After(10 * time.Second):
+	case <-time.After(vmtest.Within(10 * time.Second)):
 		t.Error("remove ignores its timeout")
 	}
 

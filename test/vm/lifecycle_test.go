@@ -79,7 +79,7 @@ func TestVMBootsAndPowersOff(t *testing.T) {
 		t.Errorf("destroy sandbox: %v", err)
 	}
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, vmtest.Within(20*time.Second))
 	defer cancel()
 	if err := m.Shutdown(ctx); err != nil {
 		t.Errorf("shutdown: %v", err)
@@ -105,7 +105,7 @@ func withDisk(t *testing.T) func(*hypervisor.Spec) {
 
 // A port where nobody listens refuses; the context bounds what hangs.
 func TestVMDialNobody(t *testing.T) {
-	m := vmtest.Boot(t)
+	m := vmtest.Resume(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	conn, err := m.Dial(ctx, 4711)
@@ -132,7 +132,7 @@ func TestVMKilled(t *testing.T) {
 	})
 	for _, role := range []string{"qemu", "virtiofsd", "vhost-device-vsock"} {
 		t.Run(role+" after boot", func(t *testing.T) {
-			m := vmtest.Boot(t)
+			m := vmtest.Resume(t)
 			if role == "vhost-device-vsock" && len(m.Processes()) < 3 {
 				t.Skip("the kernel carries vsock here")
 			}
@@ -154,7 +154,7 @@ func TestVMKilled(t *testing.T) {
 		})
 	}
 	t.Run("by its owner", func(t *testing.T) {
-		m := vmtest.Boot(t)
+		m := vmtest.Resume(t)
 		if err := m.Kill(); err != nil || m.Err() != nil {
 			t.Errorf("kill: %v, %v", err, m.Err())
 		}

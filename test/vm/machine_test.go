@@ -26,10 +26,18 @@ type machine struct {
 	health protocol.HealthService
 }
 
-// boot starts a machine whose agent serves.
+// boot starts a machine whose agent serves. Plain ones go on from a template.
 func boot(tb testing.TB, change ...func(*hypervisor.Spec)) *machine {
 	tb.Helper()
-	m := &machine{Machine: vmtest.Boot(tb, change...), tb: tb}
+	if len(change) == 0 {
+		return connect(tb, vmtest.Resume(tb))
+	}
+	return connect(tb, vmtest.Boot(tb, change...))
+}
+
+func connect(tb testing.TB, vm *vmtest.Machine) *machine {
+	tb.Helper()
+	m := &machine{Machine: vm, tb: tb}
 	conn, err := m.Dial(m.ctx(), extension.AgentPort)
 	if err != nil {
 		tb.Fatal(err)

@@ -24,7 +24,9 @@ import (
 // TestVMPlug adds devices to a running guest and removes them. One machine
 // serves all parts, which leave it as it was.
 func TestVMPlug(t *testing.T) {
-	m := sandbox(t)
+	// One that goes on from a template has its vsock and its share in slots.
+	m := connect(t, vmtest.Boot(t))
+	m.createSandbox()
 	m.lookout()
 	// The controller comes with the first SCSI disk, and stays.
 	var jobs sync.WaitGroup

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -185,7 +186,7 @@ func testOOM(t *testing.T, m *machine) {
 		if id != "hog" {
 			t.Errorf("event of %q", id)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(vmtest.Within(10 * time.Second)):
 		t.Error("no event")
 	}
 	m.remove("hog")
@@ -198,7 +199,7 @@ func testOOM(t *testing.T, m *machine) {
 		if id != "hog2" {
 			t.Errorf("event of %q", id)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(vmtest.Within(20 * time.Second)):
 		t.Error("no event")
 	}
 	m.eventually("it goes on", func() bool { return m.fileExists("hog2", "survived") })
@@ -426,7 +427,7 @@ func testDestroy(t *testing.T, m *machine) {
 	}
 	select {
 	case <-m.Done():
-	case <-time.After(20 * time.Second):
+	case <-time.After(vmtest.Within(20 * time.Second)):
 		t.Error("the machine goes on")
 	}
 }
