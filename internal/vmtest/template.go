@@ -1,12 +1,10 @@
 package vmtest
 
 import (
-	"crypto/rand"
 	"errors"
 	"os"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
@@ -85,9 +83,7 @@ func (d *templateDir) remove() error {
 func (m *Machine) renew(tb testing.TB) {
 	tb.Helper()
 	c := agent.New(agent.Settings{Dial: m.Dial, URL: m.AgentURL(extension.AgentPort)})
-	ctx, seed := Context(tb), make([]byte, 32)
-	_, _ = rand.Read(seed) // never fails
-	if err := errors.Join(c.ReseedRNG(ctx, seed), c.SetGuestDateTime(ctx, time.Now()), c.Disconnect()); err != nil {
+	if err := errors.Join(agent.Renew(Context(tb), c), c.Disconnect()); err != nil {
 		tb.Fatal(err)
 	}
 }

@@ -3,7 +3,6 @@ package sandbox
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -343,7 +342,7 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 	// Asked beside, and known when the first streams are opened.
 	s.jobs.Go(func() { _, _ = s.agent.Capabilities(life) })
 	if s.machine.Restored() {
-		if err := s.renew(ctx); err != nil {
+		if err := agent.Renew(ctx, s.agent); err != nil {
 			return s.because(err)
 		}
 	}
@@ -355,23 +354,6 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 	s.jobs.Go(func() { s.attend(life) })
 	s.state.mark(ctx, PhaseSandbox, time.Now())
 	return s.state.update(func(st *State) { st.Ready = true })
-}
-
-// seedSize is as much as the key of the guest's generator (BLAKE2S_HASH_SIZE in
-// drivers/char/random.c).
-const seedSize = 32
-
-// renew changes what a guest has in common with others of its template.
-func (s *Sandbox) renew(ctx context.Context) error {
-	seed := make([]byte, seedSize)
-	_, _ = rand.Read(seed) // never fails
-	if err := s.agent.ReseedRNG(ctx, seed); err != nil {
-		return fmt.Errorf("seed the guest's random generator: %w", err)
-	}
-	if err := s.agent.SetGuestDateTime(ctx, time.Now()); err != nil {
-		return fmt.Errorf("set the guest's clock: %w", err)
-	}
-	return nil
 }
 
 // because adds why the machine is gone to the error of a call that this ended.

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
@@ -29,7 +30,7 @@ func TestRootRestored(t *testing.T) {
 		t.Errorf("calls %v, want %v first", asked, want)
 	}
 	seed := e.peer.Calls("ReseedRandomDev")[0].Request.(*protocol.ReseedRandomDevRequest).GetData()
-	if len(seed) != seedSize || bytes.Equal(seed, make([]byte, seedSize)) {
+	if len(seed) != agent.SeedSize || bytes.Equal(seed, make([]byte, agent.SeedSize)) {
 		t.Errorf("seed %x", seed)
 	}
 	set := e.peer.Calls("SetGuestDateTime")[0].Request.(*protocol.SetGuestDateTimeRequest)
