@@ -60,7 +60,7 @@ func (p *progress) tell(outcome, seconds string) {
 		outcome = passed
 	}
 	note := ""
-	if outcome != passed && p.base[p.test] == passed {
+	if isWorse(p.base[p.test], outcome) {
 		note = " (WORSE)"
 		if _, excused := p.allowed[p.test]; excused {
 			note = " (excused)"

@@ -83,6 +83,9 @@ func exceptions(path string) (map[string]string, error) {
 	return found, nil
 }
 
+// isWorse compares with an outcome on the first handler.
+func isWorse(first, outcome string) bool { return first == passed && outcome != passed }
+
 // table shows the tests that passed on the first handler or on any, and says
 // whether the others do as well as it does. An exception that passes everywhere,
 // or that no test has the name of, is a failure too when all tests were run.
@@ -97,7 +100,7 @@ func table(results map[string]result, handlers []string, allowed map[string]stri
 		for _, h := range handlers {
 			outcome := results[h][test]
 			row = append(row, outcome)
-			worse = worse || base[test] == passed && outcome != passed
+			worse = worse || isWorse(base[test], outcome)
 			ran = ran || outcome != skipped && outcome != ""
 		}
 		if !ran {
@@ -141,14 +144,13 @@ func summary(results map[string]result, handlers []string, allowed map[string]st
 		count := map[string]int{}
 		for test, outcome := range base {
 			_, excused := allowed[test]
-			switch {
-			case outcome != passed:
-			case results[h][test] == passed:
-				count["same"]++
-			case excused:
+			switch worse := isWorse(outcome, results[h][test]); {
+			case worse && excused:
 				count["excused"]++
-			default:
+			case worse:
 				count["worse"]++
+			case outcome == passed:
+				count["same"]++
 			}
 		}
 		for _, outcome := range results[h] {
