@@ -32,6 +32,8 @@ const uidBase = 2100000000
 // machine runs the machine. It is the first process of its namespaces: whatever
 // it leaves, the kernel removes.
 func machine(ctx context.Context, args []string) error {
+	unix.CloseOnExec(filesFD) // QEMU and its helpers need it not
+	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
 	o, err := parse(args)
 	if err != nil {
 		return err
@@ -81,8 +83,6 @@ func machine(ctx context.Context, args []string) error {
 		return err
 	}
 	defer vm.Kill() //nolint:errcheck // it can't fail
-	unix.CloseOnExec(filesFD)
-	files := gob.NewEncoder(os.NewFile(filesFD, "files"))
 	err = use(ctx, vm, work, files, func(about string) {
 		fmt.Fprintf(os.Stderr, "kvmhost: %s; itself on %s, QEMU %s; up after %.1f s\n", about, found.Accelerator, found.Version, time.Since(began).Seconds())
 	})
