@@ -52,9 +52,7 @@ type host struct {
 // newHost is a host whose machines go on from templates, where there is KVM.
 func newHost(tb testing.TB, extra ...string) *host {
 	tb.Helper()
-	if testing.Short() {
-		tb.Skip("starts machines; not in short mode")
-	}
+	vmtest.Need(tb) // not in short mode
 	dir, err := vmtest.Templates(func(dir string) error { return daemon.MakeTemplates(tb.Context(), dir) })
 	if err != nil {
 		tb.Fatal(err)
@@ -65,9 +63,7 @@ func newHost(tb testing.TB, extra ...string) *host {
 // newHostWith is a host with templates of its own, or none.
 func newHostWith(tb testing.TB, templates string, extra ...string) *host {
 	tb.Helper()
-	if testing.Short() {
-		tb.Skip("starts machines; not in short mode")
-	}
+	vmtest.Need(tb) // not in short mode
 	// Sockets lie in it, so its name is short.
 	dir, err := os.MkdirTemp("", "s") //nolint:usetesting // see above
 	if err != nil {
