@@ -81,7 +81,8 @@ fmt: $(LINT) ## format the code
 
 # What boots machines has names of its own; two machines at a time are enough
 # for two cores, so packages run one after the other.
-MACHINES = VMSHIM_REQUIRE=1 go test -count=1 -p 1 -timeout 40m
+MACHINES   = VMSHIM_REQUIRE=1 go test -count=1 -p 1 -timeout $(TEST_LIMIT)
+TEST_LIMIT = 40m
 
 .PHONY: unit
 unit: ## tests without a machine, under two minutes
@@ -175,11 +176,12 @@ kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or tr
 ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -again 2 -timeout 1h $(1)'
 
 .PHONY: kvm-test
+kvm-test: TEST_LIMIT = 20m # of each part
 kvm-test: all kvm-host-image ## what only a KVM host has, on one
-	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM'
-	cd test/kvm && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM' -skip '^TestKVMSandboxesAtOnce$$' # it is too many
-	cd test/vm && $(ON_KVM_HOST) -timeout 20m -run '^TestKVM'
-	cd test/shim && $(ON_KVM_HOST) -timeout 20m -run '^TestShimTemplate$$'
+	cd pkg/hypervisor/qemu && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/kvm && $(ON_KVM_HOST) -run '^TestKVM' -skip '^TestKVMSandboxesAtOnce$$' # it is too many
+	cd test/vm && $(ON_KVM_HOST) -run '^TestKVM'
+	cd test/shim && $(ON_KVM_HOST) -run '^TestShimTemplate$$'
 
 SANDBOXES ?= 50
 
