@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
-	"time"
 )
 
 const (
@@ -19,12 +20,16 @@ const (
 	maxReply = 14
 )
 
+// maxAbandoned bounds the attempts without an answer that are held at a time.
+const maxAbandoned = 64
+
 // Hybrid dials through the unix socket at path. Where nobody listens in the
 // guest the device closes the connection (the error is ECONNREFUSED) or leaves
 // it hanging until the context ends.
 func Hybrid(path string) Dialer {
+	h := &hybrid{path: path}
 	return func(ctx context.Context, port uint32) (net.Conn, error) {
-		conn, err := dialHybrid(ctx, path, port)
+		conn, err := h.dial(ctx, port)
 		if err != nil {
 			return nil, fmt.Errorf("dial guest port %d: %w", port, err)
 		}
@@ -32,30 +37,78 @@ func Hybrid(path string) Dialer {
 	}
 }
 
-func dialHybrid(ctx context.Context, path string, port uint32) (_ net.Conn, err error) {
-	if len(path) > maxSunPath {
-		return nil, fmt.Errorf("socket path %q: %w", path, syscall.ENAMETOOLONG)
+// A hybrid holds what was dialed in vain. vhost-device-vsock (0.3) ends the thread
+// that serves the guest, and all connections with it, when the guest answers to one
+// that the host has closed. So it is closed when it has an answer, or ends with the
+// device; or when it is the oldest of too many, which has no answer to come.
+type hybrid struct {
+	path string
+
+	mu        sync.Mutex
+	abandoned []*attempt // guarded by mu
+}
+
+// An attempt is a connection whose handshake a goroutine waits for, which ends
+// with the device at the latest.
+type attempt struct {
+	net.Conn
+	ended chan struct{} // closed when err is set
+	err   error
+}
+
+func (h *hybrid) dial(ctx context.Context, port uint32) (net.Conn, error) {
+	if len(h.path) > maxSunPath {
+		return nil, fmt.Errorf("socket path %q: %w", h.path, syscall.ENAMETOOLONG)
 	}
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
+	conn, err := d.DialContext(ctx, "unix", h.path)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			conn.Close()
-		}
-	}()
-	// A deadline in the past ends the handshake wherever it hangs.
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	err = handshake(conn, port)
-	if !stop() {
+	a := &attempt{Conn: conn, ended: make(chan struct{})}
+	go h.await(a, port)
+	select {
+	case <-a.ended:
+	case <-ctx.Done():
+		h.abandon(a)
 		return nil, context.Cause(ctx)
 	}
-	if err != nil {
-		return nil, err
+	if a.err != nil {
+		_ = conn.Close()
+		return nil, a.err
 	}
 	return conn, nil
+}
+
+// await waits for the device's answer, which is for nobody any more when the
+// attempt was abandoned.
+func (h *hybrid) await(a *attempt, port uint32) {
+	err := handshake(a, port)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a.err = err
+	close(a.ended)
+	if i := slices.Index(h.abandoned, a); i >= 0 {
+		h.abandoned = slices.Delete(h.abandoned, i, i+1)
+		_ = a.Close()
+	}
+}
+
+// abandon leaves the attempt to await.
+func (h *hybrid) abandon(a *attempt) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	select {
+	case <-a.ended:
+		_ = a.Close()
+		return
+	default:
+	}
+	if len(h.abandoned) == maxAbandoned {
+		_ = h.abandoned[0].Close()
+		h.abandoned = slices.Delete(h.abandoned, 0, 1)
+	}
+	h.abandoned = append(h.abandoned, a)
 }
 
 func handshake(conn io.ReadWriter, port uint32) error {

@@ -120,22 +120,56 @@ func TestHybridRefusal(t *testing.T) {
 	}
 }
 
+// An attempt ends with its context; its connection when the device has answered, or
+// when it is one of too many.
 func TestHybridEndsWithContext(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "g")
-	l, err := net.Listen("unix", path) // accepts by its backlog, answers never
+	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	gone := errors.New("machine gone")
-	ctx, cancel := context.WithCancelCause(t.Context())
-	time.AfterFunc(20*time.Millisecond, func() { cancel(gone) })
-	conn, err := Hybrid(path)(ctx, 1024)
-	if err == nil {
-		conn.Close()
+	dial, gone := Hybrid(path), errors.New("machine gone")
+	var held []net.Conn
+	for range maxAbandoned + 1 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		failed := make(chan error, 1)
+		go func() {
+			conn, err := dial(ctx, 1024)
+			if err == nil {
+				conn.Close()
+			}
+			failed <- err
+		}()
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		held = append(held, conn)
+		if _, err := io.ReadFull(conn, make([]byte, len("CONNECT 1024\n"))); err != nil {
+			t.Fatal(err)
+		}
+		cancel(gone)
+		if err := <-failed; !errors.Is(err, gone) {
+			t.Errorf("error %v, want the context's cause", err)
+		}
 	}
-	if !errors.Is(err, gone) {
-		t.Errorf("error %v, want the context's cause", err)
+	closed := func(conn net.Conn) error {
+		_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_, err := conn.Read(make([]byte, 1))
+		return err
+	}
+	if err := closed(held[0]); !errors.Is(err, io.EOF) {
+		t.Errorf("the oldest of too many: %v, want EOF", err)
+	}
+	for _, conn := range held[1:] {
+		if _, err := io.WriteString(conn, "OK 1\n"); err != nil {
+			t.Errorf("a late answer: %v", err)
+		}
+		if err := closed(conn); !errors.Is(err, io.EOF) {
+			t.Errorf("after the answer: %v, want EOF", err)
+		}
 	}
 }
 
