@@ -8,8 +8,10 @@ package vsock
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"syscall"
 
 	"github.com/mdlayher/vsock"
 )
@@ -22,14 +24,21 @@ const HostCID = vsock.Host
 type Dialer func(ctx context.Context, port uint32) (net.Conn, error)
 
 // Kernel dials the guest with the given context id through AF_VSOCK. Where
-// nobody listens the error is ECONNRESET; where no guest is, ENODEV.
+// nobody listens the error is ECONNRESET; where no guest is, ENODEV. A guest that
+// is silent, because it waits for a CPU of a busy host, say, is dialed again: the
+// kernel gives up after two seconds (VSOCK_DEFAULT_CONNECT_TIMEOUT in
+// net/vmw_vsock/af_vsock.c), the context decides.
 func Kernel(cid uint32) Dialer {
 	return func(ctx context.Context, port uint32) (net.Conn, error) {
-		conn, err := vsock.DialContext(ctx, cid, port, nil)
-		if err != nil {
-			return nil, fmt.Errorf("dial guest: %w", err) // net.OpError names cid and port
+		for {
+			conn, err := vsock.DialContext(ctx, cid, port, nil)
+			if err == nil {
+				return conn, nil
+			}
+			if !errors.Is(err, syscall.ETIMEDOUT) || ctx.Err() != nil {
+				return nil, fmt.Errorf("dial guest: %w", err) // net.OpError names cid and port
+			}
 		}
-		return conn, nil
 	}
 }
 

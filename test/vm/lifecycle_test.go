@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
@@ -116,6 +117,27 @@ func TestVMDialNobody(t *testing.T) {
 	if errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("hung: %v", err)
 	}
+}
+
+// A guest that stands still is not gone: who dials it waits as long as he wants,
+// which is longer than the kernel does.
+func TestVMDialStopped(t *testing.T) {
+	m := boot(t)
+	m.signalMachine(unix.SIGSTOP)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	conn, err := m.Dial(ctx, extension.AgentPort)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v while the guest stands still, want %v", err, context.DeadlineExceeded)
+	}
+	if err == nil {
+		conn.Close()
+	}
+	m.signalMachine(unix.SIGCONT)
+	if conn, err = m.Dial(m.ctx(), extension.AgentPort); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
 }
 
 func TestVMKilled(t *testing.T) {

@@ -200,13 +200,7 @@ func TestVMKillBesidePlug(t *testing.T) {
 	if _, err := m.PlugDisk(m.ctx(), disk); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range m.Processes() {
-		if p.Role == "qemu" {
-			if err := unix.Kill(p.PID, unix.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	m.signalMachine(unix.SIGSTOP)
 	var jobs sync.WaitGroup
 	calls := []func() error{
 		func() error { return m.UnplugDisk(m.ctx(), "disk") },
