@@ -16,8 +16,13 @@ import (
 	"github.com/vmshim/vmshim/pkg/storage"
 )
 
-// cleanupTimeout bounds what undoes a step.
-const cleanupTimeout = 10 * time.Second
+const (
+	// cleanupTimeout bounds what undoes a step.
+	cleanupTimeout = 10 * time.Second
+	// endGrace bounds the wait for the end of a machine whose connections broke:
+	// its kernel closes them before the process is gone.
+	endGrace = time.Second
+)
 
 // ContainerConfig is what Create needs.
 type ContainerConfig struct {

@@ -111,8 +111,10 @@ func (s *Sandbox) fit(ctx context.Context) {
 	if !s.opts.Pod {
 		return
 	}
-	if err := s.resize(ctx); err != nil && s.alive() == nil {
-		log.G(ctx).WithError(err).Warn("the machine is not as big as its containers may become")
+	if err := s.resize(ctx); err != nil {
+		if err = s.because(err); s.alive() == nil {
+			log.G(ctx).WithError(err).Warn("the machine is not as big as its containers may become")
+		}
 	}
 }
 

@@ -244,6 +244,8 @@ type growing struct {
 	fails        error
 }
 
+func (*growing) Done() <-chan struct{} { return nil }
+
 func (g *growing) ResizeCPUs(_ context.Context, n int) (int, error) {
 	g.cpus = append(g.cpus, n)
 	return n, g.fails

@@ -358,6 +358,12 @@ func (s *Sandbox) startSandbox(ctx context.Context, spec *specs.Spec, _ *hypervi
 
 // because adds why the machine is gone to the error of a call that this ended.
 func (s *Sandbox) because(err error) error {
+	if errdefs.IsUnavailable(err) {
+		select {
+		case <-s.machine.Done():
+		case <-time.After(endGrace):
+		}
+	}
 	select {
 	case <-s.machine.Done():
 		return fmt.Errorf("%w: %w", machineErr(s.machine), err)
