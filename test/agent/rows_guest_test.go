@@ -18,7 +18,7 @@ import (
 var guestRows = []row{
 	{31, "ReseedRNG", "ReseedRandomDev", "kprobes: the kernel mixes the host's bytes in, then makes a new key; where QEMU emulates, clones of a snapshot draw the same numbers before the call, others after (a kernel without kprobes: only that an empty seed is refused)", proveReseedRNG, with[noReseedRNG]},
 	{36, "GuestDetails", "GetGuestDetails", "block size and probe file equal sysfs; the agent's process is a child of the first one", proveGuestDetails, with[noGuestDetails]},
-	{37, "SetGuestDateTime", "SetGuestDateTime", "the guest's clock, skewed by an hour before, is within 50 ms of the host's", proveSetGuestDateTime, with[noSetGuestDateTime]},
+	{37, "SetGuestDateTime", "SetGuestDateTime", "the guest's clock is set to an hour ago and back, each within 50 ms", proveSetGuestDateTime, with[noSetGuestDateTime]},
 	{38, "CopyFile", "CopyFile", "bytes, mode, owner, links in the guest; .. and links out are refused and nothing is there", proveCopyFile, with[noCopyFile]},
 	{45, "Metrics", "GetMetrics", "parses; memory and open files equal /proc, and move with it", proveMetrics, with[noMetrics]},
 	{52, "SetPolicy", "SetPolicy", "UNIMPLEMENTED", proveSetPolicy, with[noSetPolicy]},
@@ -75,25 +75,28 @@ func proveGuestDetails(e *env) {
 }
 
 func proveSetGuestDateTime(e *env) {
-	skew := fmt.Sprint(time.Now().Add(-time.Hour).Unix())
-	e.look("date -s @" + skew)
 	e.undo.Add(func() error {
 		ctx, cancel := e.later()
 		defer cancel()
 		return e.guest.client.SetGuestDateTime(ctx, time.Now())
 	})
-	e.ok(e.SetGuestDateTime(e.ctx, time.Now()))
-	// What the question took on its way is not the clock's fault.
-	var off, way time.Duration
-	for range 5 {
-		o, err := e.guest.ask(e.ctx, "true")
-		e.ok(err)
-		off, way = o.Time.Sub(o.sent), o.back.Sub(o.sent)
-		if off > -50*time.Millisecond && off < 50*time.Millisecond {
-			return
+	// To a wrong time first: where there is KVM the guest finds the right one itself.
+	for _, ahead := range []time.Duration{-time.Hour, 0} {
+		var off, way time.Duration
+		set := false
+		for range 5 { // what the question took on its way is not the clock's fault
+			e.ok(e.SetGuestDateTime(e.ctx, time.Now().Add(ahead)))
+			o, err := e.guest.ask(e.ctx, "true")
+			e.ok(err)
+			off, way = o.Time.Sub(o.sent)-ahead, o.back.Sub(o.sent)
+			if set = off.Abs() < 50*time.Millisecond; set {
+				break
+			}
+		}
+		if !set {
+			e.fail("the guest's clock is %v ahead of what was set, seen within %v", off, way)
 		}
 	}
-	e.fail("the guest's clock is %v ahead, seen within %v", off, way)
 }
 
 func proveCopyFile(e *env) {
