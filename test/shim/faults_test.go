@@ -37,9 +37,7 @@ func TestShimMachineKilled(t *testing.T) {
 		t.Errorf("the exits took %v", took)
 	}
 	c.wantStatus(task.Status_STOPPED)
-	if log := c.logText(); !strings.Contains(log, "virtual machine is gone") {
-		t.Error("the log does not say that the machine is gone")
-	}
+	c.logs("virtual machine is gone")
 	c.delete()
 	h.sink.wantNoMore(t)
 }
@@ -79,9 +77,7 @@ func TestShimHelpersKilled(t *testing.T) {
 		c := h.bundle("run-"+victim[:4], "sleep", "1000").run()
 		_ = unix.Kill(h.find(victim), unix.SIGKILL)
 		h.sink.want(t, "exit "+c.id+" "+c.id+" 137")
-		if log := c.logText(); !strings.Contains(log, victim) {
-			t.Errorf("the log does not say that it was %s", victim)
-		}
+		c.logs(victim)
 		c.delete()
 	}
 	h.sink.wantNoMore(t)

@@ -227,6 +227,16 @@ func (h *host) bundle(id string, args ...string) *tasks {
 	return t
 }
 
+// logs waits for the shim to log the text: it does that beside its events.
+func (t *tasks) logs(text string) {
+	t.Helper()
+	for deadline := time.Now().Add(vmtest.Within(2 * time.Second)); !strings.Contains(t.logText(), text); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the log does not say %q", text)
+		}
+	}
+}
+
 func (t *tasks) logText() string {
 	text, _ := os.ReadFile(filepath.Join(t.bundle, "log"))
 	return string(text)
