@@ -57,7 +57,7 @@ func newNerd(t *testing.T) *nerd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	local, err := daemon.NewLocal(t.Context(), dir, "debug = true")
+	local, err := daemon.NewLocal(t.Context(), dir, "debug = true", fmt.Sprintf("timeouts.hook = '%v'", vmtest.Within(30*time.Second)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,15 @@ func (n *nerd) day() {
 		n.Errorf("copied out: %q, %v", text, err)
 	}
 
-	n.has(n.do("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "web"), "web", "MiB", "96MiB")
+	stats := func() string {
+		return n.do("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "web")
+	}
+	used := stats()
+	// It does not wait for the first figures for long.
+	for end := time.Now().Add(vmtest.Within(10 * time.Second)); strings.Contains(used, "0B / 0B") && time.Now().Before(end); {
+		used = stats()
+	}
+	n.has(used, "web", "MiB", "96MiB")
 	n.do("pause", "web")
 	n.has(n.do("inspect", "--format", "{{.State.Status}}", "web"), "paused")
 	n.do("unpause", "web")
