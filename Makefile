@@ -154,7 +154,7 @@ demo: all ## a container in a machine, through containerd, step by step
 OWN_RELEASE = $(shell . /etc/os-release && echo $$VERSION_CODENAME)
 HOST       ?= $(OWN_RELEASE)
 KVM_HOST    = $(abspath $(BIN))/kvmhost -host $(HOST) -image $(abspath $(OUT))/kvmhost-$(HOST) \
-	-vhost-device-vsock $(abspath $(BIN))/vhost-device-vsock -share $(CACHE) -share $(shell go env GOROOT)
+	-vhost-device-vsock $(abspath $(BIN))/vhost-device-vsock -share $(CACHE) -share $(shell go env GOROOT) -share $(shell go env GOMODCACHE)
 
 .PHONY: prereqs-kvm-host
 prereqs-kvm-host:
@@ -201,7 +201,7 @@ test-kvm: all containerds ## every test with a machine on KVM, kernel vsock and 
 test-kvm-host: kvm-host-image
 	for suite in $(KVM_SUITES); do \
 		echo "== $$suite on $(HOST)"; \
-		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVMKVMHost') || exit; \
+		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVM(KVMHost|Image)') || exit; \
 	done
 
 .PHONY: bench-kvm
