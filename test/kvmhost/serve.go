@@ -60,6 +60,10 @@ func carryOut(ctx context.Context, work order, out *sender) (code int, err error
 	if err := makeRoot(work.Mounts); err != nil {
 		return 0, fmt.Errorf("make root: %w", err)
 	}
+	// What systemd gives to a service (DefaultLimitNOFILE).
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1 << 10, Max: 1 << 19}); err != nil {
+		return 0, fmt.Errorf("limit open files: %w", err)
+	}
 	group, err := makeGroup()
 	if err != nil {
 		return 0, fmt.Errorf("make control group: %w", err)

@@ -69,9 +69,19 @@ func (m *machine) signalMachine(sig syscall.Signal) {
 	}
 }
 
-// signalShare signals the daemon that serves the share, which is a child of the
-// process that was started when it has namespaces of its own.
+// signalShare signals the daemon that serves the share.
 func (m *machine) signalShare(sig syscall.Signal) {
+	m.tb.Helper()
+	for _, pid := range m.sharePIDs() {
+		if err := syscall.Kill(pid, sig); err != nil {
+			m.tb.Fatal(err)
+		}
+	}
+}
+
+// sharePIDs are virtiofsd's: the daemon is a child of the process that was started
+// when it has namespaces of its own.
+func (m *machine) sharePIDs() (pids []int) {
 	m.tb.Helper()
 	for _, p := range m.Processes() {
 		if p.Role != "virtiofsd" {
@@ -81,13 +91,12 @@ func (m *machine) signalShare(sig syscall.Signal) {
 		if err != nil {
 			m.tb.Fatal(err)
 		}
-		for _, pid := range append(strings.Fields(string(children)), strconv.Itoa(p.PID)) {
+		for _, pid := range strings.Fields(string(children)) {
 			n, _ := strconv.Atoi(pid)
-			if err := syscall.Kill(n, sig); err != nil {
-				m.tb.Fatal(err)
-			}
+			pids = append(pids, n)
 		}
-		return
+		return append(pids, p.PID)
 	}
 	m.tb.Fatal("no virtiofsd")
+	return nil
 }

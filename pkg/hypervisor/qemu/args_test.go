@@ -105,7 +105,7 @@ func TestVirtiofsdArgs(t *testing.T) {
 			if cache != "" {
 				name += "-" + cache
 			}
-			t.Run(name, func(t *testing.T) { golden(t, name, virtiofsdArgs(dialect, cache, share, 3)) })
+			t.Run(name, func(t *testing.T) { golden(t, name, virtiofsdArgs(dialect, cache, share, 3, 524288)) })
 		}
 	}
 }

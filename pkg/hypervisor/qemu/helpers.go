@@ -20,9 +20,10 @@ import (
 
 // virtiofsdArgs are the arguments of either dialect. Both make themselves
 // namespaces with the shared directory as root, and tell the guest of mount
-// points below it, so that each has a device number of its own there. The
-// limit of open files is left alone: raising it takes a capability.
-func virtiofsdArgs(dialect, cache string, share hypervisor.Share, listener int) []string {
+// points below it, so that each has a device number of its own there. They hold a
+// file open for each one that the guest knows, for which the limit of a service is
+// far too low.
+func virtiofsdArgs(dialect, cache string, share hypervisor.Share, listener int, files uint64) []string {
 	if cache == "" {
 		cache = "auto"
 	}
@@ -30,17 +31,30 @@ func virtiofsdArgs(dialect, cache string, share hypervisor.Share, listener int) 
 		return []string{
 			fmt.Sprintf("--fd=%d", listener), "--shared-dir=" + share.Dir, "--cache=" + cache,
 			"--sandbox=namespace", "--announce-submounts", "--xattr",
-			"--rlimit-nofile=0", "--log-level=warn",
+			fmt.Sprintf("--rlimit-nofile=%d", files), "--log-level=warn",
 		}
 	}
 	if cache == "never" {
 		cache = "none"
 	}
 	return []string{
-		fmt.Sprintf("--fd=%d", listener), "--rlimit-nofile=0",
+		fmt.Sprintf("--fd=%d", listener), fmt.Sprintf("--rlimit-nofile=%d", files),
 		"-o", "source=" + optionEscape.Replace(share.Dir), "-o", "cache=" + cache, "-o", "sandbox=namespace",
 		"-o", "announce_submounts", "-o", "xattr", "-o", "log_level=warn",
 	}
+}
+
+// maxFiles is what virtiofsd itself asks for where it may.
+const maxFiles = 1_000_000
+
+// fileLimit is how many files a child may have open: more takes a capability. Zero
+// leaves it as it is.
+func fileLimit() uint64 {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
+	}
+	return min(limit.Max, maxFiles)
 }
 
 // optionEscape makes a path one option of the C dialect (libfuse's fuse_opt).
@@ -61,7 +75,7 @@ func (vm *VM) startVirtiofsd(name string, share hypervisor.Share, optional bool)
 	}
 	defer listener.Close()
 	c := command{role: roleVirtiofsd, path: host.Virtiofsd, optional: optional}
-	c.args = virtiofsdArgs(host.VirtiofsdDialect, vm.opts.Config.VirtiofsdCache, share, c.files.add(listener))
+	c.args = virtiofsdArgs(host.VirtiofsdDialect, vm.opts.Config.VirtiofsdCache, share, c.files.add(listener), fileLimit())
 	p, err := vm.start(c)
 	if err != nil {
 		conn.Close()
