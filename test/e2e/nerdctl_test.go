@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -125,13 +126,7 @@ func (n *nerd) loopback() {
 func (n *nerd) try(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Within(2*time.Minute))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, n.binary, append([]string{
-		"--address", n.Address(), "--namespace", "default", "--data-root", filepath.Join(n.dir, "nerdctl"),
-		"--cni-path", "/usr/lib/cni", "--cni-netconfpath", filepath.Join(n.dir, "netconf"), "--cgroup-manager", "cgroupfs",
-		"--hosts-dir", n.dir,
-	}, args...)...)
-	cmd.Env = append(os.Environ(), "PATH="+n.local.ShimDir()+":"+os.Getenv("PATH"), "NERDCTL_TOML=/dev/null", "VMSHIM_CONFIG="+n.local.ShimConfig())
-	cmd.WaitDelay = 5 * time.Second
+	cmd := n.command(ctx, args...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := cmd.Run()
@@ -141,11 +136,44 @@ func (n *nerd) try(args ...string) (string, error) {
 	return out.String(), err
 }
 
+func (n *nerd) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, n.binary, append([]string{
+		"--address", n.Address(), "--namespace", "default", "--data-root", filepath.Join(n.dir, "nerdctl"),
+		"--cni-path", "/usr/lib/cni", "--cni-netconfpath", filepath.Join(n.dir, "netconf"), "--cgroup-manager", "cgroupfs",
+		"--hosts-dir", n.dir,
+	}, args...)...)
+	cmd.Env = append(os.Environ(), "PATH="+n.local.ShimDir()+":"+os.Getenv("PATH"), "NERDCTL_TOML=/dev/null", "VMSHIM_CONFIG="+n.local.ShimConfig())
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
 func (n *nerd) do(args ...string) string {
 	n.Helper()
 	out, err := n.try(args...)
 	n.must(err)
 	return out
+}
+
+// stats is the first line of it with figures: without --no-stream, which waits a
+// second for them and no longer.
+func (n *nerd) stats(name string) (line string) {
+	n.Helper()
+	ctx, cancel := context.WithTimeout(n.Context(), vmtest.Within(15*time.Second))
+	defer cancel()
+	cmd := n.command(ctx, "stats", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", name)
+	out, err := cmd.StdoutPipe()
+	n.must(err)
+	n.must(cmd.Start())
+	defer func() {
+		cancel()
+		_ = cmd.Wait() // killed
+	}()
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if line = lines.Text(); strings.Contains(line, name) && !strings.Contains(line, "0B / 0B") {
+			return line
+		}
+	}
+	return line
 }
 
 // has asserts what a nerdctl command prints.
@@ -217,15 +245,7 @@ func (n *nerd) day() {
 		n.Errorf("copied out: %q, %v", text, err)
 	}
 
-	stats := func() string {
-		return n.do("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "web")
-	}
-	used := stats()
-	// It does not wait for the first figures for long.
-	for end := time.Now().Add(vmtest.Within(10 * time.Second)); strings.Contains(used, "0B / 0B") && time.Now().Before(end); {
-		used = stats()
-	}
-	n.has(used, "web", "MiB", "96MiB")
+	n.has(n.stats("web"), "web", "MiB", "96MiB")
 	n.do("pause", "web")
 	n.has(n.do("inspect", "--format", "{{.State.Status}}", "web"), "paused")
 	n.do("unpause", "web")
