@@ -5,9 +5,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,18 +22,24 @@ const (
 	volume       = 20 << 20 // bytes that a stream carries
 )
 
-// source writes the volume to stdout, sink says that it runs, reads stdin to its
-// end and says how much it was: as programs in C, which have no runtime that takes
-// time of its own.
+// source writes the volume to stdout; sink says that it runs, reads stdin to its
+// end or as often as it is told, and says how much it was: programs in C, which
+// have no runtime that takes time of its own.
 var (
 	source = []string{"/bin/dd", "if=/dev/zero", "bs=32k", "count=" + strconv.Itoa(volume>>15)}
-	sink   = []string{"/bin/sh", "-c", "echo ready; exec dd bs=64k iflag=fullblock of=/dev/null 2>&1"}
+	sink   = []string{"/bin/sh", "-c", "echo ready; exec dd bs=64k iflag=fullblock of=/dev/null status=noxfer $1 2>&1", "sink"}
+)
+
+const (
+	sinkReads = volume >> 16 // times of 64 KiB
+	sinkReady = "ready\n"
+	sinkEnds  = "%[1]d+0 records in\n%[1]d+0 records out\n"
 )
 
 // What the program does in the guest.
 const (
 	actNet = "net" // connects to an address and does what it is told there
-	actRaw = "raw" // serves raw vsock connections: 'r' is answered by the volume, 'w' is followed by it
+	actRaw = "raw" // serves raw vsock connections: runs the source or the sink with one
 )
 
 func guestMain(args []string) int {
@@ -53,43 +60,6 @@ func guestMain(args []string) int {
 	return 0
 }
 
-// A plainFile is read and written as a C program does it: by system calls that
-// block, of which Go's runtime knows nothing. Its scheduler and monitor would
-// take half of an emulated guest's time, and the streams would be compared with that.
-type plainFile int
-
-func (f plainFile) Read(p []byte) (int, error) {
-	n, err := f.call(unix.SYS_READ, p)
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return n, err
-}
-
-func (f plainFile) Write(p []byte) (n int, err error) {
-	for n < len(p) && err == nil {
-		var m int
-		m, err = f.call(unix.SYS_WRITE, p[n:])
-		n += m
-	}
-	return n, err
-}
-
-func (f plainFile) Close() error { return unix.Close(int(f)) }
-
-func (f plainFile) call(number uintptr, p []byte) (int, error) {
-	for {
-		n, _, errno := unix.RawSyscall(number, uintptr(f), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
-		switch errno {
-		case 0:
-			return int(n), nil
-		case unix.EINTR: // the runtime asks for the thread
-		default:
-			return 0, errno
-		}
-	}
-}
-
 // pour writes the volume, in pieces that vhost-device-vsock can read: it drops
 // packets that the guest's kernel made of several pieces of memory.
 func pour(w io.Writer) error {
@@ -101,6 +71,12 @@ func pour(w io.Writer) error {
 	}
 	return nil
 }
+
+// What a raw connection begins with.
+const (
+	rawSource = 'r'
+	rawSink   = 'w'
+)
 
 func serveRaw() error {
 	l, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -116,37 +92,27 @@ func serveRaw() error {
 		if err != nil {
 			return err
 		}
-		if err := answerRaw(plainFile(conn)); err != nil {
+		if err := answerRaw(os.NewFile(uintptr(conn), "connection")); err != nil {
 			return err
 		}
 	}
 }
 
-func answerRaw(conn io.ReadWriteCloser) error {
+// answerRaw has a process read and write the connection itself.
+func answerRaw(conn *os.File) error {
 	what := make([]byte, 1)
 	if _, err := io.ReadFull(conn, what); err != nil {
 		return err
 	}
-	var err error
-	if what[0] == 'r' {
-		err = pour(conn)
-	} else {
-		buf := make([]byte, 64<<10)
-		for n := 0; err == nil && n < volume; {
-			var m int
-			m, err = conn.Read(buf)
-			n += m
-		}
+	args := source
+	if what[0] == rawSink { // a connection that is closed one way only is closed both ways by some hosts
+		args = append(slices.Clip(sink), fmt.Sprintf("count=%d", sinkReads))
 	}
-	// One byte each way at the end: it has arrived, and nobody hangs up early.
-	if err == nil {
-		_, err = conn.Write([]byte{'.'})
-	}
-	if err == nil {
-		_, err = conn.Read(what)
-		if errors.Is(err, io.EOF) {
-			err = nil
-		}
+	cmd := exec.Command(args[0], args[1:]...) //nolint:noctx // ends with its connection
+	cmd.Stdin, cmd.Stdout = conn, conn
+	err := cmd.Run()
+	if err == nil { // who hangs up first may lose what is on its way
+		_, _ = conn.Read(what)
 	}
 	return errors.Join(err, conn.Close())
 }

@@ -14,7 +14,8 @@ import (
 )
 
 // stdio measures 20 MiB in each direction through a process' streams, against
-// a raw vsock connection between the same two ends.
+// a raw vsock connection between the same two ends: the same process reads and
+// writes it itself.
 func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -46,9 +47,9 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 			times *[]time.Duration
 			f     func(context.Context) (time.Duration, error)
 		}{
-			{&rawOut, func(ctx context.Context) (time.Duration, error) { return raw(ctx, dial, 'r') }},
+			{&rawOut, func(ctx context.Context) (time.Duration, error) { return raw(ctx, dial, rawSource) }},
 			{&out, c.stdout},
-			{&rawIn, func(ctx context.Context) (time.Duration, error) { return raw(ctx, dial, 'w') }},
+			{&rawIn, func(ctx context.Context) (time.Duration, error) { return raw(ctx, dial, rawSink) }},
 			{&in, c.stdin},
 		} {
 			t, err := m.f(ctx)
@@ -72,26 +73,53 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 func rate(times []time.Duration) float64 { return volume / (1 << 20) / (median(times) / 1000) }
 
 // raw carries the volume over a connection of its own.
-func raw(ctx context.Context, dial vsock.Dialer, direction byte) (time.Duration, error) {
+func raw(ctx context.Context, dial vsock.Dialer, direction byte) (t time.Duration, err error) {
 	conn, err := dial(ctx, guestPort)
 	if err != nil {
 		return 0, err
 	}
-	defer conn.Close()
+	defer func() { err = errors.Join(err, conn.Close()) }()
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
-	began := time.Now()
 	if _, err := conn.Write([]byte{direction}); err != nil {
 		return 0, err
 	}
-	if direction == 'w' {
-		if err := pour(conn); err != nil {
-			return 0, err
-		}
-		err = drain(conn, 1)
-	} else {
-		err = drain(conn, volume+1)
+	if direction == rawSource {
+		return take(conn)
 	}
+	return give(conn, conn, func() error { return nil })
+}
+
+// take is the time from the source's first byte to its last.
+func take(r io.Reader) (time.Duration, error) {
+	if err := drain(r, 1); err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	err := drain(r, volume-1)
 	return time.Since(began), err
+}
+
+// give is the time from when the sink runs until it has read everything, which it
+// says.
+func give(w io.Writer, r io.Reader, end func() error) (time.Duration, error) {
+	if err := drain(r, len(sinkReady)); err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	if err := pour(w); err != nil {
+		return 0, err
+	}
+	if err := end(); err != nil {
+		return 0, err
+	}
+	want := fmt.Sprintf(sinkEnds, sinkReads)
+	answer := make([]byte, len(want))
+	_, err := io.ReadFull(r, answer)
+	t := time.Since(began)
+	if err == nil && string(answer) != want {
+		err = fmt.Errorf("the process read %q, not %q", answer, want)
+	}
+	return t, err
 }
 
 // drain reads n bytes, as a reader of a stream does: a buffer at a time.
@@ -107,48 +135,23 @@ func drain(r io.Reader, n int) error {
 	return nil
 }
 
-// stdout is the time from a process' first byte to its last.
 func (c *container) stdout(ctx context.Context) (time.Duration, error) {
 	p, err := c.exec(ctx, source...)
 	if err != nil {
 		return 0, err
 	}
-	if err := p.says(ctx, 1); err != nil {
-		return 0, err
-	}
-	began := time.Now()
-	if err := p.says(ctx, volume-1); err != nil {
-		return 0, err
-	}
-	t := time.Since(began)
-	return t, p.end(ctx)
+	t, err := take(p.stdout)
+	return t, errors.Join(err, p.end(ctx))
 }
 
-// stdin is the time from when a process runs until it has read everything, which it says.
 func (c *container) stdin(ctx context.Context) (time.Duration, error) {
 	p, err := c.exec(ctx, sink...)
 	if err != nil {
 		return 0, err
 	}
-	if err := p.says(ctx, len("ready\n")); err != nil {
-		return 0, err
-	}
-	began := time.Now()
-	if err := pour(p.stdin); err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) { // the process has ended, or nobody waits for it
-			err = errors.Join(err, p.end(ctx))
-		}
-		return 0, err
-	}
-	if _, err := c.CloseIO(ctx, &task.CloseIORequest{ID: c.id, ExecID: p.id, Stdin: true}); err != nil {
-		return 0, err
-	}
-	want := fmt.Sprintf("%d+0 records in\n", volume>>16)
-	answer := make([]byte, len(want))
-	_, err = io.ReadFull(p.stdout, answer)
-	t := time.Since(began)
-	if err == nil && string(answer) != want {
-		err = fmt.Errorf("the process read %q, not %q", answer, want)
-	}
+	t, err := give(p.stdin, p.stdout, func() error {
+		_, err := c.CloseIO(ctx, &task.CloseIORequest{ID: c.id, ExecID: p.id, Stdin: true})
+		return err
+	})
 	return t, errors.Join(err, p.end(ctx))
 }
