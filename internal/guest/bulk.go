@@ -16,9 +16,9 @@ import (
 const (
 	// bulkRead is a read or write after which more is expected at once.
 	bulkRead = 16 << 10
-	// bulkBuffer is what is read at once then: as much as a pipe holds, and as a
-	// vsock takes in advance.
-	bulkBuffer = 256 << 10
+	// bulkBuffer is what is read at once then: as much as a pipe holds, and twice of
+	// what a vsock takes in advance, so that the process goes on while it is sent.
+	bulkBuffer = 512 << 10
 	// lingerTime bounds how long a thread waits for more of it.
 	lingerTime = 10 * time.Millisecond
 	// maxLingers bounds how often it does in one call.

@@ -1,32 +1,46 @@
 package guest
 
 import (
+	"fmt"
 	"net"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
 
 // A lowWater is how many bytes must have come before a reader of the connection
-// wakes up. The host's 64 KiB come in packets of less than 4 KiB (the kernel's
+// wakes up. A chunk comes in packets of less than 4 KiB (the kernel's
 // VIRTIO_VSOCK_DEFAULT_RX_BUF_SIZE), and each would wake the agent, which would
 // wake the process.
 type lowWater struct {
 	conn syscall.RawConn // nil: the connection has no mark
 	mark int
+	most int
 }
 
-// maxLowWater is a little less than what the other side may always send: with the
-// kernel's buffer of 256 KiB it hears of new space 64 KiB before it runs out of it
-// (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
-const maxLowWater = 60 << 10
+// inputBuffer is how much of an input the kernel takes in advance: the next chunk
+// comes while the process reads the last one.
+const inputBuffer = 2 * extension.MaxChunk
 
-func newLowWater(conn net.Conn) *lowWater { return &lowWater{conn: rawConn(conn), mark: 1} }
+func newLowWater(conn net.Conn) *lowWater {
+	w := &lowWater{conn: rawConn(conn), mark: 1, most: maxLowWater()}
+	if w.conn != nil {
+		_ = w.conn.Control(func(fd uintptr) { // without it, it is slower
+			for _, option := range []int{unix.SO_VM_SOCKETS_BUFFER_MAX_SIZE, unix.SO_VM_SOCKETS_BUFFER_SIZE} {
+				_ = unix.SetsockoptUint64(int(fd), unix.AF_VSOCK, option, inputBuffer)
+			}
+		})
+	}
+	return w
+}
 
 // set is a hint: few bytes are not worth a system call, and kernels before 6.1
 // have no mark for a vsock.
 func (w *lowWater) set(n int) {
-	if n = min(n, maxLowWater); n < 4<<10 {
+	if n = min(n, w.most); n < 4<<10 {
 		n = 1
 	}
 	if w.conn == nil || n == w.mark {
@@ -36,4 +50,23 @@ func (w *lowWater) set(n int) {
 	_ = w.conn.Control(func(fd uintptr) {
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, n)
 	})
+}
+
+var maxLowWater = sync.OnceValue(func() int {
+	var name unix.Utsname
+	_ = unix.Uname(&name) // can't fail
+	return lowWaterOf(unix.ByteSliceToString(name.Release[:]))
+})
+
+// lowWaterOf is what the other side may always send to a guest with this kernel. Since
+// 6.8 it hears of new space whenever a reader waits for more than there is; before,
+// only 64 KiB before it has none (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE, of which a little is
+// left for packets that are not full).
+func lowWaterOf(release string) int {
+	var major, minor int
+	_, _ = fmt.Sscanf(release, "%d.%d", &major, &minor) // 0.0: an old one
+	if major > 6 || major == 6 && minor >= 8 {
+		return extension.MaxChunk
+	}
+	return 60 << 10
 }

@@ -29,9 +29,9 @@ type stdioOptions struct {
 	uid, gid int  // who must be able to open /dev/stdout again
 }
 
-// defaultPipeSize is four times the kernel's: a process and the agent take turns
+// defaultPipeSize is eight times the kernel's: a process and the agent take turns
 // less often.
-const defaultPipeSize = 256 << 10
+const defaultPipeSize = bulkBuffer
 
 // newStdio makes the streams and gives their other ends to the process, which
 // may have a terminal only after it has started.

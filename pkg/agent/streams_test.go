@@ -393,7 +393,7 @@ func TestCutOutput(t *testing.T) {
 		{"between chunks", "\x00\x00\x00\x02ab", "ab"},
 		{"in a chunk", "\x00\x00\x00\x04ab", "ab"},
 		{"in a length", "\x00\x00\x00\x02ab\x00\x00", "ab"},
-		{"oversized chunk", "\x00\x00\x00\x02ab\x00\x01\x00\x01", "ab"},
+		{"oversized chunk", "\x00\x00\x00\x02ab\x00\x04\x00\x01", "ab"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := streamScript(t, func(conn net.Conn) {

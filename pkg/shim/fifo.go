@@ -74,6 +74,9 @@ func (s *fifoSink) run(ctx context.Context, path string) {
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("fifo not held open: output is lost when its reader goes")
 	}
+	if keep != nil {
+		widen(keep)
+	}
 	s.w = w
 	close(s.opened)
 	<-s.ended
@@ -84,6 +87,20 @@ func (s *fifoSink) run(ctx context.Context, path string) {
 		_ = r.Close()
 	}
 	_ = w.Close()
+}
+
+// widen lets a fifo hold as much as is carried at once: its two ends take turns less
+// often. Where the host forbids that, it is slower.
+func widen(fifo *os.File) {
+	conn, err := fifo.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = conn.Control(func(fd uintptr) {
+		if size, err := unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0); err == nil && size < copyBuffer {
+			_, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, copyBuffer)
+		}
+	})
 }
 
 func (s *fifoSink) Write(b []byte) (int, error) {
@@ -149,6 +166,9 @@ func (in *input) open() error {
 		return err
 	}
 	if err == nil {
+		if in.fifo {
+			widen(f)
+		}
 		in.f = f
 		in.deadlineLocked()
 	}

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	copyBuffer = 64 << 10
+	// copyBuffer is what is carried at once: a chunk of a stream.
+	copyBuffer = 256 << 10
 
 	// The bounds of deliver: how long a stream that ought to end may say
 	// nothing, how long a reader may take nothing, and how much may still come

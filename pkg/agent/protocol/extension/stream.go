@@ -28,9 +28,9 @@ const (
 
 // Limits of the stream protocol.
 const (
-	MaxChunk   = 64 << 10 // bytes in one chunk
-	MaxID      = 1 << 10  // bytes in a container or exec id
-	MaxMessage = 512      // bytes in a refusal
+	MaxChunk   = 256 << 10 // bytes in one chunk
+	MaxID      = 1 << 10   // bytes in a container or exec id
+	MaxMessage = 512       // bytes in a refusal
 )
 
 var streamMagic = [4]byte{'v', 'm', 's', '1'}

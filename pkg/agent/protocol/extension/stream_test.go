@@ -130,7 +130,7 @@ func TestChunkReaderErrors(t *testing.T) {
 		{"length cut", "\x00\x00", io.ErrUnexpectedEOF},
 		{"chunk cut", "\x00\x00\x00\x02a", io.ErrUnexpectedEOF},
 		{"no end", "\x00\x00\x00\x01a", io.ErrUnexpectedEOF},
-		{"too long", "\x00\x01\x00\x01", ErrMalformed},
+		{"too long", "\x00\x04\x00\x01", ErrMalformed},
 	} {
 		if _, err := io.ReadAll(&ChunkReader{R: strings.NewReader(tt.bytes)}); !errors.Is(err, tt.want) {
 			t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
