@@ -91,7 +91,7 @@ func (m *machine) sharePIDs() (pids []int) {
 		if err != nil {
 			m.tb.Fatal(err)
 		}
-		for _, pid := range strings.Fields(string(children)) {
+		for pid := range strings.FieldsSeq(string(children)) {
 			n, _ := strconv.Atoi(pid)
 			pids = append(pids, n)
 		}
