@@ -161,12 +161,17 @@ func (n *nerd) stats(name string) (line string) {
 	ctx, cancel := context.WithTimeout(n.Context(), vmtest.Within(15*time.Second))
 	defer cancel()
 	cmd := n.command(ctx, "stats", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", name)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()
 	n.must(err)
 	n.must(cmd.Start())
 	defer func() {
 		cancel()
 		_ = cmd.Wait() // killed
+		if n.Failed() || strings.Contains(line, "0B / 0B") {
+			n.Logf("nerdctl stats: %s", &errs)
+		}
 	}()
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		if line = lines.Text(); strings.Contains(line, name) && !strings.Contains(line, "0B / 0B") {
