@@ -94,7 +94,7 @@ func loadModules() error {
 	if amd, intel := l.Load("kvm_amd", ""), l.Load("kvm_intel", ""); amd != nil && intel != nil {
 		return errors.Join(amd, intel)
 	}
-	for _, name := range []string{"vhost_vsock", "vhost_net", "tun", "fuse", "loop", "br_netfilter"} {
+	for _, name := range []string{"vhost_vsock", "vhost_net", "tun", "fuse", "loop", "br_netfilter", "xfrm_user"} {
 		if err := l.Load(name, ""); err != nil {
 			return err
 		}
