@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"text/tabwriter"
 	"time"
@@ -61,6 +62,8 @@ func (rs *results) add(r result) {
 		r.Ratio = r.Value / rs.Results[i].Value
 	}
 	rs.Results = append(rs.Results, r)
+	// A run that is cut short has said what it knew.
+	fmt.Fprintf(os.Stderr, "  %s: %.4g %s\n", r.Name, r.Value, r.Unit)
 }
 
 func (rs *results) print(w io.Writer) {
