@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
@@ -118,6 +119,7 @@ func (c *container) prepare(ctx context.Context, req *protocol.CreateContainerRe
 	if err := checkProcess(spec.Process); err != nil {
 		return nil, err
 	}
+	c.renewRoot(spec.Root.Path)
 	if err := checkPath("root file system", spec.Root.Path); err != nil {
 		return nil, err
 	}
@@ -162,6 +164,20 @@ func (c *container) makeRootfs(source string) (*namespace, error) {
 		}
 		return nil
 	})
+}
+
+// renewRoot forgets what was below the share at the container's path: one of the same
+// name may have been there a moment ago.
+func (c *container) renewRoot(path string) {
+	at := c.sandbox.cfg.shareDir()
+	rel, below := strings.CutPrefix(filepath.Clean(path), at+"/")
+	if !below {
+		return
+	}
+	for name := range strings.SplitSeq(rel, "/") {
+		at = filepath.Join(at, name)
+		askHost(at)
+	}
 }
 
 // makeContainer describes the container to libcontainer. Nothing runs yet.

@@ -159,13 +159,18 @@ func unescape(s string) string {
 	return b.String()
 }
 
+// askHost looks a name of a share up anew: a plain lookup trusts what it found in the
+// last second. One for a new name always asks (LOOKUP_EXCL in fuse_dentry_revalidate,
+// fs/fuse/dir.c), and RENAME_NOREPLACE from a name to itself changes nothing: EEXIST
+// if it is there.
+func askHost(path string) {
+	_ = unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
+}
+
 // isStale asks the host: for the name, which makes the kernel drop a mount on one
 // that means something else now, and then for the root of the mount.
 func (m submount) isStale() bool {
-	// A plain lookup trusts what it found in the last second. One for a new name
-	// always asks (LOOKUP_EXCL in fuse_dentry_revalidate, fs/fuse/dir.c), and
-	// RENAME_NOREPLACE from a name to itself changes nothing: EEXIST if it is there.
-	_ = unix.Renameat2(unix.AT_FDCWD, m.path, unix.AT_FDCWD, m.path, unix.RENAME_NOREPLACE)
+	askHost(m.path)
 	var st unix.Stat_t
 	if err := unix.Lstat(m.path, &st); err != nil {
 		return true
