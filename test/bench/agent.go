@@ -108,14 +108,10 @@ func carry(ctx context.Context, a agent.Processes, containerID, execID string, o
 	if err != nil {
 		return 0, err
 	}
-	if err := drain(r, 1); err != nil {
+	took, err := take(r)
+	if err != nil {
 		return 0, err
 	}
-	began := time.Now()
-	if err := drain(r, volume-1); err != nil {
-		return 0, err
-	}
-	took := time.Since(began)
 	if n, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		return 0, fmt.Errorf("%d bytes and %w where the output ends", n, err)
 	}

@@ -141,7 +141,7 @@ func (c *container) stdout(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	t, err := take(p.stdout)
-	return t, errors.Join(err, p.end(ctx))
+	return t, p.finish(ctx, err)
 }
 
 func (c *container) stdin(ctx context.Context) (time.Duration, error) {
@@ -153,5 +153,5 @@ func (c *container) stdin(ctx context.Context) (time.Duration, error) {
 		_, err := c.CloseIO(ctx, &task.CloseIORequest{ID: c.id, ExecID: p.id, Stdin: true})
 		return err
 	})
-	return t, errors.Join(err, p.end(ctx))
+	return t, p.finish(ctx, err)
 }

@@ -153,6 +153,15 @@ func (p *process) end(ctx context.Context) error {
 	return errors.Join(err, derr, p.stdin.Close(), p.stdout.Close(), os.RemoveAll(p.dir))
 }
 
+// finish is end after a stream that failed with err, or did not. The process is not
+// waited for where err does not say that it has ended.
+func (p *process) finish(ctx context.Context, err error) error {
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return errors.Join(err, p.end(ctx))
+}
+
 // says reads what the process says, and fails with why it ended when that is
 // less than n bytes.
 func (p *process) says(ctx context.Context, n int) error {
