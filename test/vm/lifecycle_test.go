@@ -50,17 +50,17 @@ func lacks(t *testing.T, err error, texts ...string) {
 	}
 }
 
-func killRole(t *testing.T, m *vmtest.Machine, role string) {
-	t.Helper()
+func signalRole(tb testing.TB, m *vmtest.Machine, role string, sig syscall.Signal) {
+	tb.Helper()
 	for _, p := range m.Processes() {
 		if p.Role == role {
-			if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
+			if err := syscall.Kill(p.PID, sig); err != nil {
+				tb.Fatal(err)
 			}
 			return
 		}
 	}
-	t.Fatalf("no %s among %v", role, m.Processes())
+	tb.Fatalf("no %s among %v", role, m.Processes())
 }
 
 // A guest boots with everything that a machine can have, and powers off when
@@ -123,7 +123,7 @@ func TestVMDialNobody(t *testing.T) {
 // which is longer than the kernel does.
 func TestVMDialStopped(t *testing.T) {
 	m := boot(t)
-	m.signalMachine(unix.SIGSTOP)
+	signalRole(t, m.Machine, "qemu", unix.SIGSTOP)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 	defer cancel()
 	conn, err := m.Dial(ctx, extension.AgentPort)
@@ -133,7 +133,7 @@ func TestVMDialStopped(t *testing.T) {
 	if err == nil {
 		conn.Close()
 	}
-	m.signalMachine(unix.SIGCONT)
+	signalRole(t, m.Machine, "qemu", unix.SIGCONT)
 	if conn, err = m.Dial(m.ctx(), extension.AgentPort); err != nil {
 		t.Fatal(err)
 	}
@@ -143,13 +143,13 @@ func TestVMDialStopped(t *testing.T) {
 func TestVMKilled(t *testing.T) {
 	t.Run("qemu at once", func(t *testing.T) {
 		m := vmtest.Start(t)
-		killRole(t, m, "qemu")
+		signalRole(t, m, "qemu", syscall.SIGKILL)
 		lacks(t, ended(t, m, 5*time.Second), "before its agent was ready: qemu ended: signal: killed")
 	})
 	t.Run("qemu during boot", func(t *testing.T) {
 		m := vmtest.Start(t)
 		time.Sleep(500 * time.Millisecond)
-		killRole(t, m, "qemu")
+		signalRole(t, m, "qemu", syscall.SIGKILL)
 		lacks(t, ended(t, m, 5*time.Second), "qemu ended: signal: killed")
 	})
 	for _, role := range []string{"qemu", "virtiofsd", "vhost-device-vsock"} {
@@ -164,7 +164,7 @@ func TestVMKilled(t *testing.T) {
 			}
 			defer conn.Close()
 			start := time.Now()
-			killRole(t, m, role)
+			signalRole(t, m, role, syscall.SIGKILL)
 			if _, err := conn.Read(make([]byte, 1)); err == nil {
 				t.Error("the dead speak")
 			}

@@ -57,18 +57,6 @@ func (m *machine) on(tb testing.TB) *machine {
 	return &part
 }
 
-// signalMachine signals QEMU.
-func (m *machine) signalMachine(sig syscall.Signal) {
-	m.tb.Helper()
-	for _, p := range m.Processes() {
-		if p.Role == "qemu" {
-			if err := syscall.Kill(p.PID, sig); err != nil {
-				m.tb.Fatal(err)
-			}
-		}
-	}
-}
-
 // signalShare signals the daemon that serves the share.
 func (m *machine) signalShare(sig syscall.Signal) {
 	m.tb.Helper()

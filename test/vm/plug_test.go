@@ -200,7 +200,7 @@ func TestVMKillBesidePlug(t *testing.T) {
 	if _, err := m.PlugDisk(m.ctx(), disk); err != nil {
 		t.Fatal(err)
 	}
-	m.signalMachine(unix.SIGSTOP)
+	signalRole(t, m.Machine, "qemu", unix.SIGSTOP)
 	var jobs sync.WaitGroup
 	calls := []func() error{
 		func() error { return m.UnplugDisk(m.ctx(), "disk") },
