@@ -169,7 +169,7 @@ func (n *nerd) stats(name string) (line string) {
 	defer func() {
 		cancel()
 		_ = cmd.Wait() // killed
-		if n.Failed() || strings.Contains(line, "0B / 0B") {
+		if strings.Contains(line, "0B / 0B") {
 			n.Logf("nerdctl stats: %s", &errs)
 		}
 	}()

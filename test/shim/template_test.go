@@ -100,9 +100,7 @@ func TestShimTemplateFaults(t *testing.T) {
 			if h.look("-incoming\x00defer") != 0 {
 				t.Error("the machine goes on from the template")
 			}
-			if log := c.logText(); !strings.Contains(log, tt.want) {
-				t.Errorf("no %q in the log: %s", tt.want, log)
-			}
+			c.logs(tt.want)
 			c.has("echo works", "works")
 			c.end()
 			h.wantNothing()
