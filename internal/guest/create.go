@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
+	"github.com/vmshim/vmshim/internal/thread"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 )
 
@@ -196,6 +197,12 @@ func (c *container) makeContainer(spec *specs.Spec) (*libcontainer.Container, er
 	return lib, nil
 }
 
+// initSlack is how late timers may be in a container's first steps, which are Go
+// until they execute the command: the runtime's monitor wants to wake every 20 µs,
+// and where QEMU emulates a wake-up takes much longer than that. The command gets
+// the kernel's own slack again (cmd/vmshim-agent/monitor.go).
+const initSlack = 8 * time.Millisecond
+
 // launch starts a process by libcontainer: for the first one that is up to where
 // it waits. It holds the op lock.
 func (c *container) launch(spec *specs.Process, execID string, init, noStdin bool) (_ *process, err error) {
@@ -220,7 +227,8 @@ func (c *container) launch(spec *specs.Process, execID string, init, noStdin boo
 			return nil, err
 		}
 	}
-	if err := c.lib.Start(lib); err != nil {
+	start := func() error { return c.lib.Start(lib) }
+	if err := thread.WithTimerSlack(initSlack, start); err != nil {
 		c.reapStrays()
 		if c.isDoomed() {
 			return nil, precondition("container %q was killed", c.id)

@@ -1,9 +1,12 @@
 // Package thread runs code that changes what belongs to a thread: namespaces,
-// root, working directory.
+// root, working directory, the slack of timers.
 package thread
 
 import (
+	"errors"
+	"fmt"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,4 +26,27 @@ func Run(f func() error) error {
 		done <- f()
 	}()
 	return <-done
+}
+
+// WithTimerSlack calls f on a thread whose timers may be late by slack, as may be
+// those of the processes that it starts meanwhile (PR_SET_TIMERSLACK in prctl(2)).
+func WithTimerSlack(slack time.Duration, f func() error) (err error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	was, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0)
+	if err != nil {
+		return fmt.Errorf("get timer slack: %w", err)
+	}
+	if err := setTimerSlack(uintptr(slack)); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, setTimerSlack(uintptr(was))) }()
+	return f()
+}
+
+func setTimerSlack(nanoseconds uintptr) error {
+	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0); err != nil {
+		return fmt.Errorf("set timer slack: %w", err)
+	}
+	return nil
 }

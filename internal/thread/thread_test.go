@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -30,5 +32,33 @@ func TestRun(t *testing.T) {
 				t.Fatalf("thread %d is still there", tid)
 			}
 		}
+	}
+}
+
+// What is started meanwhile has the slack; the thread has its own again.
+func TestWithTimerSlack(t *testing.T) {
+	runtime.LockOSThread() // the same thread before, in it and after
+	defer runtime.UnlockOSThread()
+	slack := func() (ns string) {
+		t.Helper()
+		out, err := exec.Command("cat", "/proc/self/timerslack_ns").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	before := slack()
+	want := errors.New("said")
+	err := WithTimerSlack(3*time.Millisecond, func() error {
+		if got := slack(); got != "3000000" {
+			t.Errorf("a child's timers may be %s ns late", got)
+		}
+		return want
+	})
+	if !errors.Is(err, want) {
+		t.Errorf("err = %v", err)
+	}
+	if after := slack(); after != before {
+		t.Errorf("timers may be %s ns late, %s before", after, before)
 	}
 }

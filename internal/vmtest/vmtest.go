@@ -105,6 +105,16 @@ var host = sync.OnceValues(func() (*qemu.Host, error) {
 	return qemu.Probe(ctx, Config())
 })
 
+// Host is what machines of tests run on.
+func Host(tb testing.TB) *qemu.Host {
+	tb.Helper()
+	h, err := host()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return h
+}
+
 // guestDir is where the image is.
 func guestDir() string {
 	if dir := os.Getenv("VMSHIM_GUEST"); dir != "" {
@@ -148,10 +158,7 @@ func Spec(tb testing.TB) hypervisor.Spec {
 // Options to start it with. The directory must be empty in the end.
 func Options(tb testing.TB) qemu.Options {
 	tb.Helper()
-	h, err := host()
-	if err != nil {
-		tb.Fatal(err)
-	}
+	h := Host(tb)
 	dir, err := os.MkdirTemp("", "vm") //nolint:usetesting // tb.TempDir has the test's name in it: too long for a socket
 	if err != nil {
 		tb.Fatal(err)

@@ -126,6 +126,9 @@ func testExec(t *testing.T, m *machine) {
 	if status != 7 || len(f) != 5 || f[0] != f[1] || f[2] != "pod" || f[3] != "0::/" || f[4] != "50000" {
 		t.Errorf("got %q, %d", out, status)
 	}
+	if out, _, _ := m.run("slack", nil, "/bin/cat", "/proc/self/timerslack_ns"); out != "50000\n" {
+		t.Errorf("timers of a first process may be %q ns late", out)
+	}
 	// The same exec id again, now that it was waited for.
 	if out, status = m.exec("exec", "e1", nil, "/bin/echo", "again"); out != "again\n" || status != 0 {
 		t.Errorf("got %q, %d", out, status)

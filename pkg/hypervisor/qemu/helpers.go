@@ -18,11 +18,22 @@ import (
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
+// trustSeconds is for how long the guest trusts what it knows of a file, by
+// default: long enough for what looks at a file several times, too short to be
+// noticed by who changes it on the host.
+const trustSeconds = "0.1"
+
 // virtiofsdArgs are the arguments of either dialect. Both make themselves
 // namespaces with the shared directory as root, and tell the guest of mount
 // points below it, so that each has a device number of its own there. They hold a
 // file open for each one that the guest knows, for which the limit of a service is
 // far too low.
+//
+// With "auto" a guest forgets what it has read of a file, and of a program that
+// runs, whenever it is opened again. The C daemon can do better: a guest keeps
+// what it has, looks at the file's attributes once it trusts them no longer, and
+// forgets it all when they have changed (FUSE_AUTO_INVAL_DATA). The Rust one has
+// no such choice: with "always" it lets the guest trust for a day.
 func virtiofsdArgs(dialect, cache string, share hypervisor.Share, listener int, files uint64) []string {
 	if cache == "" {
 		cache = "auto"
@@ -34,7 +45,10 @@ func virtiofsdArgs(dialect, cache string, share hypervisor.Share, listener int, 
 			fmt.Sprintf("--rlimit-nofile=%d", files), "--log-level=warn",
 		}
 	}
-	if cache == "never" {
+	switch cache {
+	case "auto":
+		cache = "always,timeout=" + trustSeconds
+	case "never":
 		cache = "none"
 	}
 	return []string{
