@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +13,9 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/containerd/log"
+	"github.com/sirupsen/logrus"
 
 	"github.com/vmshim/vmshim/internal/guest/boot"
 	"github.com/vmshim/vmshim/pkg/config"
@@ -137,7 +141,8 @@ func (r *rig) bareBoot(ctx context.Context) (_ time.Duration, err error) {
 	spec.KernelParams = append(slices.Clip(spec.KernelParams), boot.TrivialParam)
 	spec.Shares = []hypervisor.Share{{Tag: storage.Tag, Dir: share}}
 	began := make(chan time.Time, 1)
-	vm, err := qemu.Start(ctx, spec, qemu.Options{
+	said := make(chan time.Time, 1)
+	vm, err := qemu.Start(listen(ctx, strings.TrimSpace(boot.TrivialLine), said), spec, qemu.Options{
 		Config: cfg.QEMU, Host: host, Dir: dir,
 		Started: func(p hypervisor.Process) error {
 			if p.Role == "qemu" {
@@ -150,22 +155,48 @@ func (r *rig) bareBoot(ctx context.Context) (_ time.Duration, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, vm.Kill()) }()
-	for tick := time.Tick(time.Millisecond); ; {
-		ended := false
+	select {
+	case t := <-said:
+		return t.Sub(<-began), nil
+	case <-vm.Done():
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	select { // both at once
+	case t := <-said:
+		return t.Sub(<-began), nil
+	default:
+		return 0, fmt.Errorf("it ended without a word: %w", vm.Err())
+	}
+}
+
+// listen has a machine's log tell when its console says a line. Asking for the
+// console instead would take the time from the machine.
+func listen(ctx context.Context, line string, said chan<- time.Time) context.Context {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	l.SetLevel(log.DebugLevel)
+	l.AddHook(consoleLine{line, said})
+	return log.WithLogger(ctx, logrus.NewEntry(l))
+}
+
+type consoleLine struct {
+	text string
+	said chan<- time.Time
+}
+
+// Levels implements logrus.Hook.
+func (consoleLine) Levels() []logrus.Level { return []logrus.Level{log.DebugLevel} }
+
+// Fire implements logrus.Hook.
+func (c consoleLine) Fire(e *logrus.Entry) error {
+	if line, _ := e.Data["line"].(string); strings.Contains(line, c.text) {
 		select {
-		case <-tick:
-		case <-vm.Done():
-			ended = true
-		case <-ctx.Done():
-			return 0, ctx.Err()
-		}
-		if strings.Contains(vm.Console(), strings.TrimSpace(boot.TrivialLine)) {
-			return time.Since(<-began), nil
-		}
-		if ended {
-			return 0, fmt.Errorf("it ended without a word: %w", vm.Err())
+		case c.said <- e.Time:
+		default: // it was said before
 		}
 	}
+	return nil
 }
 
 // qemu is the configuration with the helper that lies beside the shim, where
