@@ -45,6 +45,9 @@ const (
 
 	// maxProcs bounds the daemon's threads, as containerd does for start.
 	maxProcs = "2"
+	// smallPages keeps the daemon's heap of few megabytes out of huge pages, which a
+	// host with transparent_hugepage=always has it fill.
+	smallPages = "disablethp=1"
 )
 
 // launch returns the address of the daemon for the task in the bundle. A
@@ -127,6 +130,7 @@ func (c command) daemon(ctx context.Context) (*exec.Cmd, error) {
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), self, c.daemonArgs()...)
 	cmd.Dir = c.bundle
 	cmd.Env = append([]string{"GOMAXPROCS=" + maxProcs}, os.Environ()...) // of two, the last one counts
+	cmd.Env = append(cmd.Env, "GODEBUG="+strings.TrimPrefix(os.Getenv("GODEBUG")+","+smallPages, ","))
 	cmd.Env = append(cmd.Env, "TTRPC_ADDRESS="+c.ttrpc, beganEnv+"="+strconv.FormatInt(c.began.UnixNano(), 10))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if hostSharesMounts() {

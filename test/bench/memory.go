@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"regexp"
 	"slices"
@@ -16,8 +17,13 @@ import (
 	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
-// settle is how long a shim has to become idle.
-const settle = 5 * time.Second
+const (
+	// settle is how long a process has to give memory back.
+	settle = 5 * time.Second
+	// maxSettles bounds how often it has: Go's scavenger takes a hundredth of a
+	// processor, which is little where the host is emulated.
+	maxSettles = 24
+)
 
 // memory measures what an idle container takes on the host, process by
 // process: its proportional set size, in which shared pages count in parts.
@@ -27,16 +33,11 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.remove(ctx)) }()
-	select {
-	case <-time.After(settle):
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 	st, err := r.state(c.id)
 	if err != nil {
 		return err
 	}
-	of, err := r.memoryOf(st)
+	of, err := r.idleMemoryOf(ctx, st)
 	if err != nil {
 		return err
 	}
@@ -54,6 +55,25 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 	_, used, err = agentUse(ctx, a)
 	res.add(result{Name: "memory (RSS) of the agent in the guest", Value: used, Unit: "MiB", AtMost: 16})
 	return err
+}
+
+// idleMemoryOf is memoryOf once it falls no more.
+func (r *rig) idleMemoryOf(ctx context.Context, st *sandbox.State) (of footprint, err error) {
+	for n, last := 0, math.Inf(1); n < maxSettles; n++ {
+		select {
+		case <-time.After(settle):
+		case <-ctx.Done():
+			return footprint{}, ctx.Err()
+		}
+		if of, err = r.memoryOf(st); err != nil {
+			return footprint{}, err
+		}
+		if of.host() > last-0.05 {
+			break
+		}
+		last = of.host()
+	}
+	return of, nil
 }
 
 // A footprint is what a sandbox' processes take of the host, in MiB: the

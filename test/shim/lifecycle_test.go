@@ -1,6 +1,10 @@
 package shim
 
 import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -40,6 +44,7 @@ func TestShimLifecycle(t *testing.T) {
 		t.Fatalf("Resume: %v", err)
 	}
 	h.sink.want(t, "resumed life")
+	c.wantSmallPages()
 
 	c.kill(unix.SIGTERM)
 	if code := c.wait(""); code != 7 {
@@ -55,6 +60,37 @@ func TestShimLifecycle(t *testing.T) {
 	}
 	c.delete()
 	h.sink.wantNoMore(t)
+}
+
+// wantSmallPages looks at what the shim has most memory in, its heap: the kernel
+// may make no huge pages of it.
+func (t *tasks) wantSmallPages() {
+	t.Helper()
+	r, err := t.Connect(t.ctx(), &taskapi.ConnectRequest{ID: t.id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", r.GetShimPid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var most, kib int
+	var flags string
+	for line := range strings.Lines(string(smaps)) {
+		switch f := strings.Fields(line); f[0] {
+		case "Anonymous:":
+			if kib, err = strconv.Atoi(f[1]); err != nil {
+				t.Fatal(err)
+			}
+		case "VmFlags:": // the last line of a mapping
+			if kib > most {
+				most, flags = kib, line
+			}
+		}
+	}
+	if !strings.Contains(flags, " nh") { // MADV_NOHUGEPAGE
+		t.Errorf("%d KiB of the shim's memory have %s", most, flags)
+	}
 }
 
 // Unknown ids are told apart from everything else.
