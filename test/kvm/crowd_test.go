@@ -29,6 +29,9 @@ func TestKVMSandboxesAtOnce(t *testing.T) {
 		n = 3
 	}
 	limit := time.Hour // the host may be emulated
+	// What is not about many at once is done for a few at a time: containerd and its
+	// client give each other seconds.
+	const few = 4
 	needMemory(t, n*240)
 	h := start(t, "memory_mib = 160")
 	ctx := within(t, limit)
@@ -40,21 +43,20 @@ func TestKVMSandboxesAtOnce(t *testing.T) {
 	for i := range n {
 		ids = append(ids, fmt.Sprintf("kvm-crowd-%d", i))
 	}
-	each := func(what string, do func(id string) (string, error)) {
+	each := func(what string, atOnce int, do func(id string) (string, error)) {
 		t.Helper()
 		var jobs errgroup.Group
+		jobs.SetLimit(atOnce)
 		began := time.Now()
 		for _, id := range ids {
 			jobs.Go(func() error {
 				if out, err := do(id); err != nil {
-					return fmt.Errorf("%s: %w: %s", id, err, out)
+					t.Errorf("%s %s: %v: %s", what, id, err, out)
 				}
 				return nil
 			})
 		}
-		if err := jobs.Wait(); err != nil {
-			t.Errorf("%s: %v", what, err)
-		}
+		_ = jobs.Wait() // they speak for themselves
 		t.Logf("%s %d sandboxes: %.0f s", what, n, time.Since(began).Seconds())
 	}
 	ctr := func(ctx context.Context, args ...string) (string, error) {
@@ -65,7 +67,7 @@ func TestKVMSandboxesAtOnce(t *testing.T) {
 	var once sync.Once
 	remove := func() {
 		ctx := within(t, limit)
-		each("remove", func(id string) (string, error) {
+		each("remove", few, func(id string) (string, error) {
 			_, _ = ctr(ctx, "task", "delete", "--force", id) // there is none if it did not start
 			return ctr(ctx, "container", "delete", id)
 		})
@@ -79,13 +81,13 @@ func TestKVMSandboxesAtOnce(t *testing.T) {
 	}
 	t.Cleanup(func() { once.Do(remove) })
 
-	each("start", func(id string) (string, error) {
+	each("start", n, func(id string) (string, error) {
 		return ctr(ctx, "run", "--detach", "--runtime", runtime, ociimage.Name, id, "sleep", "100000")
 	})
 	if t.Failed() {
 		t.FailNow()
 	}
-	each("exec in", func(id string) (string, error) {
+	each("exec in", few, func(id string) (string, error) {
 		out, err := ctr(ctx, "task", "exec", "--exec-id", "e", id, "echo", id)
 		if err == nil && strings.TrimSpace(out) != id {
 			err = fmt.Errorf("not what was asked for")

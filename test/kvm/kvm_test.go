@@ -52,7 +52,7 @@ func start(t *testing.T, extra ...string) *host {
 	if err := h.local.Built(); err != nil {
 		t.Fatal(err)
 	}
-	cfg := h.local.Config("debug = true", "timeouts.start = '1h'", "timeouts.request = '10m'",
+	cfg := h.local.Config("debug = true", "timeouts.start = '1h'", "timeouts.request = '1h'",
 		"template_dir = '"+filepath.Join(dir, "templates")+"'") + strings.Join(extra, "\n")
 	if err := os.WriteFile(h.local.ShimConfig(), []byte(cfg), 0o600); err != nil {
 		t.Fatal(err)
