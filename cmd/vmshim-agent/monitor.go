@@ -37,8 +37,8 @@ func calmMonitor() error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/timerslack_ns", first), []byte(slack), 0)
 }
 
-// keepTime gives a container's process the kernel's own slack again: its thread
-// may descend from the monitor.
+// keepTime gives a container's process the kernel's own slack again, instead of
+// that of its first steps (initSlack in internal/guest).
 func keepTime() error {
 	return unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(kernelSlack), 0, 0, 0)
 }

@@ -200,7 +200,8 @@ func (c *container) makeContainer(spec *specs.Spec) (*libcontainer.Container, er
 // initSlack is how late timers may be in a container's first steps, which are Go
 // until they execute the command: the runtime's monitor wants to wake every 20 µs,
 // and where QEMU emulates a wake-up takes much longer than that. The command gets
-// the kernel's own slack again (cmd/vmshim-agent/monitor.go).
+// the kernel's own slack again (cmd/vmshim-agent/monitor.go), but for the thread
+// that asks for its default by PR_SET_TIMERSLACK: that is the parent's.
 const initSlack = 8 * time.Millisecond
 
 // launch starts a process by libcontainer: for the first one that is up to where
