@@ -186,7 +186,7 @@ kvm-test: all kvm-host-image ## what only a KVM host has, on one
 
 SANDBOXES ?= 50
 
-# A sandbox takes a fifth of a GiB, and twelve seconds where the host is emulated.
+# A sandbox takes a fifth of a GiB, and 12 to 25 seconds where the host is emulated.
 # On one CPU, because emulated ones get in each other's way: docs/limitations.md.
 .PHONY: test-kvm-crowd
 test-kvm-crowd: all kvm-host-image ## SANDBOXES (50) that start at once on a KVM host
