@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/vmshim/vmshim/internal/thread"
 )
 
 // The monitor has its slack then, as has a thread that the monitor itself starts:
@@ -19,10 +21,10 @@ func TestCalmMonitor(t *testing.T) {
 		t.Fatal(err)
 	}
 	calm := 0
-	for _, thread := range threads {
-		id := filepath.Base(thread)
+	for _, path := range threads {
+		id := filepath.Base(path)
 		slack, err := os.ReadFile("/proc/" + id + "/timerslack_ns")
-		if err == nil && strings.TrimSpace(string(slack)) == strconv.FormatInt(int64(monitorSlack), 10) {
+		if err == nil && strings.TrimSpace(string(slack)) == strconv.FormatInt(int64(thread.CalmMonitor), 10) {
 			calm++
 			if id == strconv.Itoa(os.Getpid()) {
 				t.Error("the main thread is calm")

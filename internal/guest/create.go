@@ -197,13 +197,6 @@ func (c *container) makeContainer(spec *specs.Spec) (*libcontainer.Container, er
 	return lib, nil
 }
 
-// initSlack is how late timers may be in a container's first steps, which are Go
-// until they execute the command: the runtime's monitor wants to wake every 20 µs,
-// and where QEMU emulates a wake-up takes much longer than that. The command gets
-// the kernel's own slack again (cmd/vmshim-agent/monitor.go), but for the thread
-// that asks for its default by PR_SET_TIMERSLACK: that is the parent's.
-const initSlack = 8 * time.Millisecond
-
 // launch starts a process by libcontainer: for the first one that is up to where
 // it waits. It holds the op lock.
 func (c *container) launch(spec *specs.Process, execID string, init, noStdin bool) (_ *process, err error) {
@@ -228,8 +221,11 @@ func (c *container) launch(spec *specs.Process, execID string, init, noStdin boo
 			return nil, err
 		}
 	}
+	// The first steps are Go, too, until they execute the command. That gets the
+	// kernel's own slack again (cmd/vmshim-agent/monitor.go), but for the thread that
+	// asks for its default by PR_SET_TIMERSLACK: that is the parent's.
 	start := func() error { return c.lib.Start(lib) }
-	if err := thread.WithTimerSlack(initSlack, start); err != nil {
+	if err := thread.WithTimerSlack(thread.CalmMonitor, start); err != nil {
 		c.reapStrays()
 		if c.isDoomed() {
 			return nil, precondition("container %q was killed", c.id)

@@ -159,8 +159,8 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// askHost looks a name of a share up anew: a plain lookup trusts what it found in the
-// last second. One for a new name always asks (LOOKUP_EXCL in fuse_dentry_revalidate,
+// askHost looks a name of a share up anew: a plain lookup trusts what it found a
+// moment ago. One for a new name always asks (LOOKUP_EXCL in fuse_dentry_revalidate,
 // fs/fuse/dir.c), and RENAME_NOREPLACE from a name to itself changes nothing: EEXIST
 // if it is there.
 func askHost(path string) {
