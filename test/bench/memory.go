@@ -47,6 +47,9 @@ func (r *rig) memory(ctx context.Context, res *results) (err error) {
 		return err
 	}
 	res.add(result{Name: "memory that the guest uses itself", Value: used, Unit: "MiB"})
+	if err := r.idleTime(ctx, st, res); err != nil {
+		return err
+	}
 	a, err := c.connect()
 	if err != nil {
 		return err
@@ -105,31 +108,36 @@ func (f footprint) add(res *results, limit float64) {
 	res.add(result{Name: "memory of the guest that has been touched", Value: f.guest, Unit: "MiB"})
 }
 
-// memoryOf looks at a sandbox, at the children of its helpers too: virtiofsd is
-// two processes.
+// memoryOf looks at a sandbox.
 func (r *rig) memoryOf(st *sandbox.State) (footprint, error) {
 	f := footprint{roles: map[string]float64{}}
-	count := func(role string, pid int) error {
+	err := eachProcess(st, func(role string, pid int) error {
 		own, image, guest, err := r.shares(pid)
 		f.roles[role] += own + image
 		f.image += image
 		f.guest += guest
 		return err
-	}
-	errs := []error{count("shim", st.Shim.PID)}
+	})
+	return f, err
+}
+
+// eachProcess calls do with all processes of a sandbox, the children of its helpers
+// too: virtiofsd is two processes.
+func eachProcess(st *sandbox.State, do func(role string, pid int) error) error {
+	errs := []error{do("shim", st.Shim.PID)}
 	for _, c := range st.Containers {
-		errs = append(errs, count("task process", c.Task.PID))
+		errs = append(errs, do("task process", c.Task.PID))
 	}
 	for _, p := range st.Processes {
-		errs = append(errs, count(p.Role, p.PID))
+		errs = append(errs, do(p.Role, p.PID))
 		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.PID, p.PID))
 		errs = append(errs, err)
 		for child := range strings.FieldsSeq(string(children)) {
 			pid, err := strconv.Atoi(child)
-			errs = append(errs, err, count(p.Role, pid))
+			errs = append(errs, err, do(p.Role, pid))
 		}
 	}
-	return f, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // shares are a process' proportional set sizes: of the guest's memory, of its

@@ -50,6 +50,12 @@ func TestVMGuest(t *testing.T) {
 			want:   []string{"1048576\n", "unlimited\n", "1048576\n"},
 		},
 		{
+			name: "memory is compacted when it has to be, not twice a second",
+			script: "switches() { busybox grep ctxt $(busybox dirname $(busybox grep -l ^kcompactd /guest/proc/[0-9]*/comm))/status; }; " +
+				"switches; before=$(switches); busybox sleep 2; [ \"$before\" = \"$(switches)\" ] && echo asleep",
+			want: []string{"voluntary_ctxt_switches:", "asleep\n"},
+		},
+		{
 			name:   "the kernel gets modules it misses",
 			script: "busybox ip link add dummy7 type dummy && busybox ip link show dummy7",
 			want:   []string{"dummy7"},

@@ -14,9 +14,12 @@ import (
 var sysctls = map[string]string{
 	"fs.inotify.max_user_instances": "8192",
 	"vm.max_map_count":              "262144",
-	"kernel.panic_on_oops":          "1",
-	"kernel.pid_max":                "4194304",
-	"kernel.threads-max":            "1048576", // the default is for the memory at boot; cgroups limit
+	// The kernel compacts when it needs to, and does not wake an idle machine twice
+	// a second (HPAGE_FRAG_CHECK_INTERVAL_MSEC) to look whether it should.
+	"vm.compaction_proactiveness": "0",
+	"kernel.panic_on_oops":        "1",
+	"kernel.pid_max":              "4194304",
+	"kernel.threads-max":          "1048576", // the default is for the memory at boot; cgroups limit
 	// Not the default /sbin/modprobe, which the kernel's own initialization
 	// would already run, a dozen times and in vain.
 	"kernel.modprobe":      "/usr/bin/modprobe",
