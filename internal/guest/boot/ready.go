@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
@@ -23,7 +25,7 @@ func parseReady(value string) (bool, error) {
 
 // PushReady tells the host that the agent listens, by a connection to the port
 // that has the number of this guest's context id. The host may just as well find
-// out by dialing, so that an error here is not fatal.
+// out by dialing: it then hears no more of this, and refuses. An error is not fatal.
 func PushReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
@@ -32,6 +34,9 @@ func PushReady(ctx context.Context) error {
 		return fmt.Errorf("say ready: %w", err)
 	}
 	conn, err := vsock.DialHost(ctx, cid)
+	if errors.Is(err, unix.ECONNRESET) { // as vsock refuses
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("say ready: %w", err)
 	}
