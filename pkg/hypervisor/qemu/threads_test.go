@@ -21,13 +21,20 @@ func runThread() {
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, unix.SIGUSR1)
 	named := make(chan struct{})
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with its goroutine
+	var work func()
+	work = func() {
+		runtime.LockOSThread()              // and never unlocked: the thread ends with its goroutine
+		if unix.Gettid() == unix.Getpid() { // but for the first one, which Go keeps
+			go work()
+			<-named
+			return
+		}
 		name := []byte(workerName + "\x00")
 		_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0)
 		close(named)
 		<-end
-	}()
+	}
+	go work()
 	<-named
 }
 
