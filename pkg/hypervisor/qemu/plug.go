@@ -40,12 +40,9 @@ type step struct {
 
 // begin makes the context of a call on the running machine.
 func (vm *VM) begin(ctx context.Context) (context.Context, func(), error) {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
-	if vm.failed {
-		return nil, nil, errGone
+	if !vm.enter() {
+		return nil, nil, vm.goneErr()
 	}
-	vm.calls.Add(1)
 	cancel := context.CancelFunc(func() {})
 	if _, ok := ctx.Deadline(); !ok {
 		ctx, cancel = context.WithTimeout(ctx, plugTimeout)
@@ -56,6 +53,16 @@ func (vm *VM) begin(ctx context.Context) (context.Context, func(), error) {
 		cancel()
 		vm.calls.Done()
 	}, nil
+}
+
+// enter counts a call, unless the machine is down.
+func (vm *VM) enter() bool {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if !vm.failed {
+		vm.calls.Add(1)
+	}
+	return !vm.failed
 }
 
 // undoing is a context for undoing what the context of a call ended.
@@ -190,11 +197,12 @@ func (vm *VM) remove(ctx context.Context, p *plug) error {
 		case why := <-p.refused:
 			return fmt.Errorf("guest keeps it: %.200q: %w", why, errdefs.ErrFailedPrecondition)
 		case <-again.C:
+			continue
+		case <-vm.deaf: // the machine is about to end, and the context with it
 		case <-ctx.Done():
-			return fmt.Errorf("wait for guest to let %s go: %w", p.name(), context.Cause(ctx))
-		case <-vm.deaf: // before the machine is known to be gone
-			return fmt.Errorf("wait for guest to let %s go: %w", p.name(), errGone)
 		}
+		<-ctx.Done()
+		return fmt.Errorf("wait for guest to let %s go: %w", p.name(), context.Cause(ctx))
 	}
 }
 

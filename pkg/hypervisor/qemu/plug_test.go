@@ -306,12 +306,12 @@ func TestPlugDeath(t *testing.T) {
 	wantError(t, vm.UnplugDisk(within(t), "a"), errdefs.ErrFailedPrecondition, "being plugged or unplugged")
 	start := time.Now()
 	_ = vm.Kill()
-	wantError(t, <-unplug, errdefs.ErrUnavailable, "gone")
+	wantError(t, <-unplug, errdefs.ErrUnavailable, "wait for guest to let disk-1 go: machine is gone: killed")
 	if d := time.Since(start); d > time.Second {
 		t.Errorf("killed after %v", d)
 	}
 	_, err = vm.PlugDisk(within(t), image(t))
-	wantError(t, err, errdefs.ErrUnavailable, "machine is gone")
+	wantError(t, err, errdefs.ErrUnavailable, "machine is gone: killed")
 }
 
 func TestPlugSCSIDisk(t *testing.T) {

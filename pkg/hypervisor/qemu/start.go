@@ -180,7 +180,7 @@ func (vm *VM) boot(ctx context.Context) error {
 func (vm *VM) orGone(ctx context.Context, err error) error {
 	select {
 	case <-vm.down:
-		return errGone
+		return vm.goneErr()
 	case <-ctx.Done():
 	case <-time.After(dyingTimeout):
 	}

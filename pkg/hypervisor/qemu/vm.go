@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -108,7 +109,14 @@ func (vm *VM) AgentURL(port uint32) string {
 func (vm *VM) streams() string { return filepath.Join(vm.opts.Dir, vsockDir, vsockStreams) }
 
 // errGone is the end of whatever is under way when a machine ends.
-var errGone = fmt.Errorf("machine is gone: %w", errdefs.ErrUnavailable)
+var errGone = errors.New("machine is gone")
+
+// goneErr is errGone with what happened, of a machine that is down.
+func (vm *VM) goneErr() error {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return fmt.Errorf("%w: %s: %w", errGone, vm.state, errdefs.ErrUnavailable)
+}
 
 // Dial opens a stream to a port of the guest. It ends with the machine.
 func (vm *VM) Dial(ctx context.Context, port uint32) (net.Conn, error) {
@@ -116,7 +124,7 @@ func (vm *VM) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	defer cancel()
 	conn, err := vm.dial(ctx, port)
 	if err != nil && vm.isDown() {
-		return nil, fmt.Errorf("dial guest port %d: %w", port, errGone)
+		return nil, fmt.Errorf("dial guest port %d: %w", port, vm.goneErr())
 	}
 	return conn, err
 }
@@ -128,7 +136,7 @@ func (vm *VM) bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	watch.Go(func() {
 		select {
 		case <-vm.down:
-			cancel(errGone)
+			cancel(vm.goneErr())
 		case <-ctx.Done():
 		}
 	})

@@ -17,7 +17,7 @@ import (
 // start runs a process of the machine and watches it.
 func (vm *VM) start(c command) (*process, error) {
 	if vm.isDown() {
-		return nil, errGone
+		return nil, vm.goneErr()
 	}
 	p, err := vm.launcher.start(c)
 	if err != nil {
