@@ -172,9 +172,9 @@ kvm-host-image: prereqs prereqs-kvm-host
 kvm-host: all kvm-host-image ## run CMD='…' on a KVM host; HOST=bookworm or trixie; GET='files to copy back'
 	@$(KVM_HOST) $(addprefix -get ,$(GET)) sh -c "$$CMD"
 
-# Tests are linked statically, for they run under another release's libc. Where
-# the host is emulated it can be lost: docs/limitations.md.
-ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -again 2 -timeout 1h $(1)'
+# Tests are linked statically, for they run under another release's libc. On one
+# CPU, because emulated ones get in each other's way: docs/limitations.md.
+ON_KVM_HOST = $(MACHINES) -tags 'netgo osusergo' -ldflags '-linkmode external -extldflags -static' -exec '$(KVM_HOST) -again 2 -cpus 1 -timeout $(TEST_LIMIT) $(1)'
 
 .PHONY: kvm-test
 kvm-test: TEST_LIMIT = 20m # of each part
@@ -186,25 +186,34 @@ kvm-test: all kvm-host-image ## what only a KVM host has, on one
 
 SANDBOXES ?= 50
 
-# A sandbox takes a fifth of a GiB, and 12 to 25 seconds where the host is emulated.
-# On one CPU, because emulated ones get in each other's way: docs/limitations.md.
+# A sandbox takes a fifth of a GiB, and 20 seconds where the host is emulated.
 .PHONY: test-kvm-crowd
+test-kvm-crowd: TEST_LIMIT = 2h
 test-kvm-crowd: all kvm-host-image ## SANDBOXES (50) that start at once on a KVM host
-	cd test/kvm && VMSHIM_SANDBOXES=$(SANDBOXES) $(call ON_KVM_HOST,-cpus 1 -memory $(shell expr 2048 + $(SANDBOXES) \* 240)) -timeout 1h -v -run '^TestKVMSandboxesAtOnce$$'
+	cd test/kvm && VMSHIM_SANDBOXES=$(SANDBOXES) $(call ON_KVM_HOST,-memory $(shell expr 2048 + $(SANDBOXES) \* 240)) -v -run '^TestKVMSandboxesAtOnce$$'
 
+KVM_HOSTS  = bookworm trixie
 # Each suite has a host of its own, and says what that is.
-KVM_SUITES = pkg/hypervisor/qemu pkg/sandbox test/kvm test/guest test/vm test/agent test/shim test/e2e
+KVM_SUITES = test/e2e test/shim test/agent test/vm pkg/sandbox pkg/hypervisor/qemu test/kvm test/guest
 
+# Both at a time. What fails does not keep the rest from being run.
 .PHONY: test-kvm
-test-kvm: all containerds ## every test with a machine on KVM, kernel vsock and cgroups 2: Debian 12 and 13
-	for host in bookworm trixie; do $(MAKE) test-kvm-host HOST=$$host SKIP_PREREQS=1 || exit; done
+test-kvm: all containerds nerdctl ## every test with a machine on KVM, kernel vsock and cgroups 2: Debian 12 and 13
+	for host in $(KVM_HOSTS); do $(MAKE) kvm-host-image HOST=$$host SKIP_PREREQS=1 || exit; done
+	$(MAKE) --no-print-directory --keep-going -j $(words $(KVM_HOSTS)) $(KVM_HOSTS:%=test-kvm-%)
 
-.PHONY: test-kvm-host
-test-kvm-host: kvm-host-image
-	for suite in $(KVM_SUITES); do \
-		echo "== $$suite on $(HOST)"; \
-		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVM(KVMHost|Image)') || exit; \
-	done
+.PHONY: $(KVM_HOSTS:%=test-kvm-%)
+$(KVM_HOSTS:%=test-kvm-%): SHELL = /bin/bash
+$(KVM_HOSTS:%=test-kvm-%): test-kvm-%:
+	set -o pipefail; $(MAKE) --no-print-directory kvm-suites HOST=$* 2>&1 | sed --unbuffered 's/^/$*: /'
+
+.PHONY: kvm-suites
+kvm-suites: TEST_LIMIT = 2h # of each suite
+kvm-suites:
+	@for suite in $(KVM_SUITES); do \
+		echo "== $$suite"; \
+		(cd $$suite && $(ON_KVM_HOST) -parallel 1 -run '^Test(KVM|QEMU|Root|VM|Shim|E2E)' -skip '^TestVM(KVMHost|Image)') || failed="$$failed $$suite"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 .PHONY: bench-kvm
 bench-kvm: all kvm-host-image containerds ## make bench on a KVM host: _output/bench-kvm.json
