@@ -138,8 +138,12 @@ func (s *server) sayReady(ctx context.Context, events *uevents) {
 
 func (s *server) tellReady(ctx context.Context) bool {
 	err := s.cfg.Ready(ctx)
-	if err != nil && ctx.Err() == nil {
-		log.G(ctx).WithError(err).Warn("host not told that the agent serves")
+	switch l := log.G(ctx).WithError(err); {
+	case err == nil, ctx.Err() != nil:
+	case errors.Is(err, unix.ENODEV):
+		l.Debug("host not told yet that the agent serves")
+	default:
+		l.Warn("host not told that the agent serves")
 	}
 	return err == nil
 }

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 )
 
 // HostCID is the context id of the host as a guest sees it (linux/vm_sockets.h).
@@ -42,9 +43,13 @@ func Kernel(cid uint32) Dialer {
 	}
 }
 
-// LocalCID is the context id of this guest.
+// LocalCID is the context id of this guest; ENODEV: it has no vsock, or one that is
+// just being set up.
 func LocalCID() (uint32, error) {
 	cid, err := vsock.ContextID()
+	if err == nil && cid == unix.VMADDR_CID_ANY { // what the kernel says then
+		err = syscall.ENODEV
+	}
 	if err != nil {
 		return 0, fmt.Errorf("look up context id: %w", err)
 	}
