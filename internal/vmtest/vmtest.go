@@ -149,7 +149,7 @@ func Spec(tb testing.TB) hypervisor.Spec {
 	dir := guestDir()
 	return hypervisor.Spec{
 		Name: strings.ReplaceAll(tb.Name(), "/", "-"), Arch: runtime.GOARCH,
-		VCPUs: 1, MaxVCPUs: runtime.NumCPU(), MemoryMiB: 256, MaxMemoryMiB: 1024,
+		VCPUs: 1, MaxVCPUs: 2, MemoryMiB: 256, MaxMemoryMiB: 1024,
 		Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd.img"),
 		Shares: []hypervisor.Share{{Tag: "kataShared", Dir: tb.TempDir()}},
 	}
