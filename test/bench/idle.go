@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
@@ -52,7 +54,7 @@ func scheduledOf(st *sandbox.State) (all scheduled, _ error) {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
 		for _, thread := range threads {
 			text, rerr := os.ReadFile(thread)
-			if errors.Is(rerr, os.ErrNotExist) {
+			if errors.Is(rerr, os.ErrNotExist) || errors.Is(rerr, unix.ESRCH) {
 				continue // it has ended
 			}
 			var s scheduled

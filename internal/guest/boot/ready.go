@@ -24,8 +24,9 @@ func parseReady(value string) (bool, error) {
 }
 
 // PushReady tells the host that the agent listens, by a connection to the port
-// that has the number of this guest's context id. The host may just as well find
-// out by dialing: it then hears no more of this, and refuses. An error is not fatal.
+// that has the number of this guest's context id. A host that has found out by
+// dialing listens no more, and its refusal is as good. For the same reason an error
+// is not fatal.
 func PushReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
