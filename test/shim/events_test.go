@@ -52,7 +52,14 @@ func (s *sink) up() {
 	go func() { _ = server.Serve(context.WithoutCancel(s.Context()), l) }()
 }
 
-func (s *sink) down() { _ = s.server.Close() }
+// down goes away between events: one whose answer is lost comes again.
+func (s *sink) down() {
+	ctx, cancel := context.WithTimeout(s.Context(), patience)
+	defer cancel()
+	if err := s.server.Shutdown(ctx); err != nil {
+		s.Errorf("events: %v", err)
+	}
+}
 
 func (s *sink) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
 	v, err := typeurl.UnmarshalAny(r.GetEnvelope().GetEvent())
