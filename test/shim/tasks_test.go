@@ -132,7 +132,7 @@ func newSpec(args ...string) *specs.Spec {
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 		},
 		Linux: &specs.Linux{
-			CgroupsPath: "/vmshim-test/" + strconv.Itoa(os.Getpid()),
+			CgroupsPath: "/vmshim-test-" + strconv.Itoa(os.Getpid()),
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace},
 				{Type: specs.IPCNamespace},
