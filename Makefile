@@ -100,7 +100,7 @@ nerdctl: prereqs
 	@hack/nerdctl >/dev/null
 
 .PHONY: test
-test: all unit vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
+test: all unit demo vm-test shim-test e2e kvm-test ## everything that is promised, at most 40 minutes
 
 .PHONY: vm-test
 vm-test: all kernel-cached kvm-host-image ## tests of the parts in real machines

@@ -103,7 +103,9 @@ func (s *scene) exec(ctx context.Context) error {
 }
 
 func (s *scene) terminal(ctx context.Context) error {
-	args := []string{"task", "exec", "--tty", "--exec-id", "tty", s.id, "sh", "-c", "tty; stty size"}
+	// ctr tells the size when the process runs already.
+	const script = "tty; while [ -z \"$(stty size 2>/dev/null)\" ]; do sleep 0.1; done; stty size"
+	args := []string{"task", "exec", "--tty", "--exec-id", "tty", s.id, "sh", "-c", script}
 	command("ctr", args)
 	t, err := daemon.OpenTerminal(s.Ctr(ctx, args...), 28, 97)
 	if err != nil {
