@@ -197,12 +197,9 @@ func (vm *VM) remove(ctx context.Context, p *plug) error {
 		case why := <-p.refused:
 			return fmt.Errorf("guest keeps it: %.200q: %w", why, errdefs.ErrFailedPrecondition)
 		case <-again.C:
-			continue
-		case <-vm.deaf: // the machine is about to end, and the context with it
 		case <-ctx.Done():
+			return fmt.Errorf("wait for guest to let %s go: %w", p.name(), context.Cause(ctx))
 		}
-		<-ctx.Done()
-		return fmt.Errorf("wait for guest to let %s go: %w", p.name(), context.Cause(ctx))
 	}
 }
 

@@ -254,9 +254,6 @@ func (vm *VM) migrate(ctx context.Context, command string, file *os.File) error 
 		if status == "completed" {
 			return nil
 		}
-	case <-vm.deaf: // the machine is about to end, and the context with it
-		<-ctx.Done()
-		return context.Cause(ctx)
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
