@@ -192,7 +192,7 @@ func (h *host) limitMemory(room int) {
 	if _, err := os.Stat(group + "/cgroup.controllers"); err != nil {
 		group, usage, limit = group+"/memory", "memory.usage_in_bytes", "memory.limit_in_bytes"
 	}
-	group = filepath.Join(group, "vmshim-test-"+strconv.Itoa(os.Getpid()))
+	group = filepath.Join(group, cgroupsPath())
 	text, err := os.ReadFile(filepath.Join(group, usage))
 	h.must(err)
 	now, err := strconv.Atoi(strings.TrimSpace(string(text)))

@@ -113,6 +113,9 @@ func (h *host) unpack(rootfs string) {
 	}
 }
 
+// cgroupsPath is where the control groups of all sandboxes of this process are.
+func cgroupsPath() string { return "/vmshim-test-" + strconv.Itoa(os.Getpid()) }
+
 // newSpec is much as ctr makes it.
 func newSpec(args ...string) *specs.Spec {
 	caps := []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_SYS_CHROOT", "CAP_NET_BIND_SERVICE"}
@@ -132,7 +135,7 @@ func newSpec(args ...string) *specs.Spec {
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 		},
 		Linux: &specs.Linux{
-			CgroupsPath: "/vmshim-test-" + strconv.Itoa(os.Getpid()),
+			CgroupsPath: cgroupsPath(),
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace},
 				{Type: specs.IPCNamespace},
