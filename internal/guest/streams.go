@@ -173,8 +173,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 		<-watched
 	}()
 	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
-	mark := newLowWater(conn)
-	chunks := &extension.ChunkReader{R: r, Expect: func(n int) { mark.set(n - r.Buffered()) }}
+	chunks := &extension.ChunkReader{R: r, Expect: newLowWater(conn).set}
 	for {
 		b, err := chunks.ReadChunk()
 		if len(b) > 0 {

@@ -149,8 +149,9 @@ func WriteEnd(w io.Writer) error {
 // and io.ErrUnexpectedEOF when the connection ends before it.
 type ChunkReader struct {
 	R io.Reader
-	// Expect, if set, is told how many bytes are read from R next, at least:
-	// who can wait for all of them at once wakes up less often.
+	// Expect, if set, is told before ReadChunk reads how many bytes are to come, at
+	// least: who can wait for all of them at once wakes up less often. Where a read
+	// brings less it is told again, as no more than the rest may ever come.
 	Expect func(n int)
 
 	left uint32
@@ -188,21 +189,25 @@ func (c *ChunkReader) ReadChunk() ([]byte, error) {
 		c.R = r
 	}
 	if c.left == 0 {
-		c.expect(4)
+		c.expect(4 - r.Buffered())
 		if err := c.head(); err != nil {
 			return nil, err
 		}
 	}
 	n := min(int(c.left), r.Size())
-	c.expect(n)
-	b, err := r.Peek(n)
+	var err error
+	for r.Buffered() < n && err == nil {
+		c.expect(n - r.Buffered())
+		_, err = r.Peek(r.Buffered() + 1) // one read, as long as it may be
+	}
+	b, _ := r.Peek(min(n, r.Buffered()))
 	_, _ = r.Discard(len(b)) // all of it is buffered
 	c.left -= uint32(len(b))
 	return b, cut(err)
 }
 
 func (c *ChunkReader) expect(n int) {
-	if c.Expect != nil {
+	if c.Expect != nil && n > 0 {
 		c.Expect(n)
 	}
 }
