@@ -17,6 +17,9 @@ const hybridCID = 3
 // vsockBuffer is how many bytes vhost-device-vsock takes from a guest's
 // connection in advance: as many as the kernel's vhost does
 // (VSOCK_DEFAULT_BUFFER_SIZE in net/vmw_vsock/af_vsock.c), four times its own default.
+// With more a stream hangs: the daemon says that there is space again after three
+// quarters of its buffer, and a guest has no more under way than its own holds (since
+// "vsock/virtio: cap TX credit to local buffer size", Linux 6.12.68 among others).
 const vsockBuffer = 256 << 10
 
 // A doorbell waits for the guest to say that its agent serves: by a connection
