@@ -174,11 +174,15 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 	}()
 	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
 	chunks := &extension.ChunkReader{R: r, Expect: newLowWater(conn).set}
+	receipt := &extension.Receipt{W: conn}
 	for {
 		b, err := chunks.ReadChunk()
 		if len(b) > 0 {
 			if _, err := in.write(ctx, b); err != nil {
 				return // the process does not read any more
+			}
+			if err := receipt.Took(len(b)); err != nil {
+				return
 			}
 		}
 		if errors.Is(err, io.EOF) {

@@ -116,8 +116,21 @@ func sendAll(t *testing.T, conn net.Conn, data []byte) {
 	if err := extension.WriteEnd(conn); err != nil {
 		t.Error(err)
 	}
-	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-		t.Errorf("after the end of stdin: %v, want EOF", err)
+	receipts, err := io.ReadAll(conn)
+	if err != nil {
+		t.Errorf("after the end of stdin: %v", err)
+	}
+	taken := 0
+	for r := bytes.NewReader(receipts); r.Len() > 0; {
+		n, err := extension.ReadReceipt(r)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		taken += n
+	}
+	if without := len(data) - taken; without < 0 || without >= extension.Window/4 {
+		t.Errorf("receipts for %d bytes of %d", taken, len(data))
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/containerd/errdefs"
 
@@ -46,24 +47,93 @@ func cut(cause error) error {
 	return &Error{Err: fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, cause)}
 }
 
-// newByteInput is stdin on a connection of its own. The caller is in the life.
+// A byteInput is stdin on a connection of its own.
+type byteInput struct {
+	line   *line
+	chunks extension.ChunkWriter
+
+	mu   sync.Mutex
+	sent int           // bytes without a receipt; guarded by mu
+	room chan struct{} // has an element when sent has become less
+}
+
+// newByteInput makes a stdin of the line, and of r, which reads from it. The caller
+// is in the life.
 func newByteInput(l *life, n *line, r io.Reader) *stdin {
-	chunks := extension.ChunkWriter{W: n.Conn}
-	return newStdin(l, n.down, func(b []byte) (int, error) {
-		written, err := chunks.Write(b)
-		if err != nil {
-			err = &Error{Err: n.lost(err)}
+	i := &byteInput{line: n, chunks: extension.ChunkWriter{W: n.Conn}, room: make(chan struct{}, 1)}
+	l.jobs.Go(func() { i.readReceipts(r) })
+	return newStdin(l, n.down, i.write, i.end)
+}
+
+// write sends as long as the guest's process takes it.
+func (i *byteInput) write(b []byte) (written int, err error) {
+	for len(b) > 0 {
+		n := min(len(b), extension.MaxChunk)
+		for !i.take(n) {
+			select {
+			case <-i.room:
+			case <-i.line.down:
+				return written, &Error{Err: i.line.cause}
+			}
 		}
-		return written, err
-	}, func() error {
-		defer n.fail(errClosed)
-		if err := extension.WriteEnd(n.Conn); err != nil {
-			return &Error{Err: n.lost(err)}
+		if _, err := i.chunks.Write(b[:n]); err != nil {
+			return written, &Error{Err: i.line.lost(err)}
 		}
-		// The guest says nothing; it closes when it has taken everything.
-		if _, err := io.ReadFull(r, make([]byte, 1)); !errors.Is(err, io.EOF) && err != nil {
-			return &Error{Err: n.lost(err)}
+		written, b = written+n, b[n:]
+	}
+	return written, nil
+}
+
+// take notes n bytes as sent if there is room for them.
+func (i *byteInput) take(n int) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.sent+n > extension.Window {
+		return false
+	}
+	i.sent += n
+	return true
+}
+
+// readReceipts goes on until the line fails, or fails it: the guest closes when it
+// has taken everything, or takes nothing any more.
+func (i *byteInput) readReceipts(r io.Reader) {
+	for {
+		n, err := extension.ReadReceipt(r)
+		if err == nil && !i.taken(n) {
+			err = fmt.Errorf("%w: receipt for what was not sent", extension.ErrMalformed)
 		}
-		return nil
-	})
+		switch {
+		case errors.Is(err, extension.ErrMalformed):
+			i.line.fail(fmt.Errorf("%w: %w: %w", errdefs.ErrUnavailable, errProtocol, err))
+			return
+		case err != nil:
+			_ = i.line.lost(err)
+			return
+		}
+	}
+}
+
+// taken makes room, unless it is more than was sent.
+func (i *byteInput) taken(n int) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if n > i.sent {
+		return false
+	}
+	i.sent -= n
+	select {
+	case i.room <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// end returns when the guest has taken everything.
+func (i *byteInput) end() error {
+	if err := extension.WriteEnd(i.line.Conn); err != nil {
+		return &Error{Err: i.line.lost(err)}
+	}
+	<-i.line.down
+	return &Error{Err: i.line.cause}
 }

@@ -3,12 +3,14 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -244,6 +246,52 @@ func TestStdinKeepsTheOrder(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	l.jobs.Wait()
+}
+
+// No more of stdin is under way than the guest has room for; receipts make room.
+func TestStdinWindow(t *testing.T) {
+	guest := make(chan net.Conn, 1)
+	done := make(chan struct{})
+	defer close(done)
+	c := streamScript(t, func(conn net.Conn) {
+		_ = extension.WriteStreamAnswer(conn, extension.StreamOK, "")
+		guest <- conn
+		<-done
+	})
+	s := streams(t, c, "c", StreamSet{Stdin: true})
+	conn := <-guest
+	written := make(chan error, 1)
+	go func() { _, err := s.Stdin.Write(make([]byte, large)); written <- err }()
+
+	chunks := &extension.ChunkReader{R: conn}
+	come := func(n int) {
+		t.Helper()
+		if _, err := io.ReadFull(chunks, make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if n, err := chunks.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("%d bytes more came, %v", n, err)
+		}
+		_ = conn.SetReadDeadline(time.Time{})
+	}
+	receipt := func(n uint32) {
+		t.Helper()
+		if err := binary.Write(conn, binary.BigEndian, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	come(extension.Window)
+	receipt(extension.MaxChunk)
+	come(extension.MaxChunk)
+	receipt(extension.MaxChunk / 2) // a whole chunk has no room yet
+	come(0)
+	receipt(extension.MaxChunk / 2)
+	come(extension.MaxChunk)
+
+	receipt(extension.Window)
+	receipt(extension.Window) // there can't be as much
+	soon(t, "write", func() { wantUnavailable(t, <-written, "receipt for what was not sent") })
 }
 
 // The end of input for a process that is gone is no error.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -311,6 +312,17 @@ func clientBlockedStdin(g *guest) {
 		g.t.Errorf("20 MiB went to a process that sleeps: %v", err)
 	case <-time.After(2 * time.Second):
 	}
+	before := g.switches()
+	select {
+	case err := <-written:
+		g.t.Errorf("20 MiB went to a process that sleeps: %v", err)
+	case <-time.After(2 * time.Second):
+	}
+	// Of a machine that has nothing to do there are a few dozen; of one whose vsock
+	// asks for room all the time, thousands.
+	if n := g.switches() - before; n > 1000 {
+		g.t.Errorf("the machine's threads ran %d times in 2 s, for a process that does not read", n)
+	}
 	start := time.Now()
 	if err := g.Check(vmtest.Context(g.t)); err != nil || time.Since(start) > vmtest.Within(5*time.Second) {
 		g.t.Errorf("check beside a blocked stream: %v after %v", err, time.Since(start))
@@ -328,6 +340,32 @@ func clientBlockedStdin(g *guest) {
 		_ = s.Close()
 	}
 	g.exits("c", "", 137)
+}
+
+// switches is how often threads of the machine's processes have given their
+// processor back.
+func (g *guest) switches() (n int) {
+	g.t.Helper()
+	for _, p := range g.m.Processes() {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.PID))
+		if err != nil || len(threads) == 0 {
+			g.t.Fatalf("threads of %s: %v", p.Role, err)
+		}
+		for _, file := range threads {
+			status, err := os.ReadFile(file)
+			if err != nil {
+				continue // it has ended
+			}
+			_, after, _ := strings.Cut(string(status), "\nvoluntary_ctxt_switches:")
+			k, err := strconv.Atoi(strings.Fields(after)[0])
+			if err != nil {
+				g.t.Fatal(err)
+			}
+			n += k
+		}
+	}
+	g.t.Logf("%d switches", n)
+	return n
 }
 
 func clientExits(g *guest) {

@@ -86,13 +86,35 @@ func (p *Peer) serveStream(conn net.Conn) {
 	}
 	switch h.Stream {
 	case extension.Stdin:
-		if _, err := io.Copy(proc.stdin, &extension.ChunkReader{R: conn}); err == nil {
+		if err := receive(proc.stdin, conn); err == nil {
 			_ = proc.stdin.Close()
 		}
 	case extension.Stdout:
 		send(conn, proc.stdout)
 	case extension.Stderr:
 		send(conn, proc.stderr)
+	}
+}
+
+// receive takes stdin, and says so.
+func receive(w io.Writer, conn net.Conn) error {
+	chunks, receipt := &extension.ChunkReader{R: conn}, &extension.Receipt{W: conn}
+	for {
+		b, err := chunks.ReadChunk()
+		if len(b) > 0 {
+			if _, err := w.Write(b); err != nil {
+				return err
+			}
+			if err := receipt.Took(len(b)); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
 	}
 }
 

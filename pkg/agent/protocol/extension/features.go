@@ -12,8 +12,8 @@ const (
 const (
 	// FeatureExtension says that the Extension service is served on AgentPort.
 	FeatureExtension = "vmshim.extension.v1"
-	// FeatureStreams says that StreamPort accepts streams.
-	FeatureStreams = "vmshim.streams.v1"
+	// FeatureStreams says that StreamPort accepts streams. Version 1 had no receipts.
+	FeatureStreams = "vmshim.streams.v2"
 	// FeatureConnect says that StreamPort connects to ports in the containers'
 	// network.
 	FeatureConnect = "vmshim.connect.v1"

@@ -15,6 +15,12 @@ import (
 // connection, and the sender, having seen that, closes it too. A connection
 // that ends before length 0 was cut. Nothing depends on half-closed sockets,
 // which not every vsock transport carries.
+//
+// For stdin the guest sends receipts: 32 bits, big endian, for how many bytes more
+// the process took. The host never has more than Window bytes under way without
+// one, so that the guest's kernel always has room for them: where it has none,
+// vhost-device-vsock asks for it again and again, and each answer makes it ask. A
+// process that does not read its stdin so kept a processor busy.
 
 // The streams of a process.
 const (
@@ -31,6 +37,10 @@ const (
 	MaxChunk   = 256 << 10 // bytes in one chunk
 	MaxID      = 1 << 10   // bytes in a container or exec id
 	MaxMessage = 512       // bytes in a refusal
+
+	// Window is the most bytes of stdin without a receipt: one chunk that the
+	// process takes and one that comes meanwhile.
+	Window = 2 * MaxChunk
 )
 
 var streamMagic = [4]byte{'v', 'm', 's', '1'}
@@ -143,6 +153,36 @@ func (c *ChunkWriter) Write(p []byte) (written int, err error) {
 func WriteEnd(w io.Writer) error {
 	_, err := w.Write(make([]byte, 4))
 	return err
+}
+
+// A Receipt is the guest's side of Window. It is sent when it is worth a packet.
+type Receipt struct {
+	W     io.Writer
+	taken int
+}
+
+// Took says that the process took n bytes more, of one chunk.
+func (r *Receipt) Took(n int) error {
+	if r.taken += n; r.taken < Window/4 {
+		return nil
+	}
+	b := binary.BigEndian.AppendUint32(nil, uint32(r.taken))
+	r.taken = 0
+	_, err := r.W.Write(b)
+	return err
+}
+
+// ReadReceipt reads how many bytes more were taken.
+func ReadReceipt(r io.Reader) (int, error) {
+	var b [4]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return 0, err
+	}
+	n := binary.BigEndian.Uint32(b[:])
+	if n > Window {
+		return 0, fmt.Errorf("%w: receipt for %d bytes", ErrMalformed, n)
+	}
+	return int(n), nil
 }
 
 // A ChunkReader is the bytes of a stream. It returns io.EOF after the end mark

@@ -121,6 +121,46 @@ func TestChunkWriterError(t *testing.T) {
 	}
 }
 
+// A receipt is sent when it is worth a packet, and long before the sender waits.
+func TestReceipt(t *testing.T) {
+	var wire bytes.Buffer
+	r := &Receipt{W: &wire}
+	sent := 0
+	for _, n := range []int{1, Window/4 - 2, 1, MaxChunk, 7, MaxChunk} {
+		if err := r.Took(n); err != nil {
+			t.Fatal(err)
+		}
+		sent += n
+		if worth := sent >= Window/4; worth != (wire.Len() == 4) {
+			t.Fatalf("%d bytes of receipts for %d", wire.Len(), sent)
+		}
+		if wire.Len() > 0 {
+			if n, err := ReadReceipt(&wire); n != sent || err != nil {
+				t.Errorf("got a receipt for %d, %v, want %d", n, err, sent)
+			}
+			sent = 0
+		}
+	}
+	for text, want := range map[string]error{
+		"\x00\x08\x00\x01": ErrMalformed, // Window + 1
+		"\x00\x08":         io.ErrUnexpectedEOF,
+		"":                 io.EOF,
+	} {
+		if _, err := ReadReceipt(strings.NewReader(text)); !errors.Is(err, want) {
+			t.Errorf("%x: got %v, want %v", text, err, want)
+		}
+	}
+	broken := errors.New("broken")
+	r.W = failing{broken}
+	if err := r.Took(Window); !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+}
+
+type failing struct{ err error }
+
+func (w failing) Write([]byte) (int, error) { return 0, w.err }
+
 func TestChunkReaderErrors(t *testing.T) {
 	for _, tt := range []struct {
 		name, bytes string
