@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"time"
@@ -53,7 +54,7 @@ func (s *server) connect(ctx context.Context, conn net.Conn, address string) err
 	}
 	if extension.Splice(tcp, conn) == nil {
 		_ = conn.SetDeadline(time.Now().Add(hangUpTimeout))
-		_, _ = conn.Read(make([]byte, 1))
+		_, _ = io.Copy(io.Discard, conn)
 	}
 	return nil
 }

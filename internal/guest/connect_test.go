@@ -80,26 +80,59 @@ func TestConnect(t *testing.T) {
 	if status, text, err := extension.ReadStreamAnswer(host); err != nil || status != extension.StreamOK {
 		t.Fatal(status, text, err)
 	}
+	client, near := tcpConns(t)
+	spliced := make(chan error, 1)
+	go func() { spliced <- extension.Splice(near, host) }()
 	var sending sync.WaitGroup
 	sending.Go(func() {
-		if err := errors.Join(extension.WriteChunk(host, data), extension.WriteEnd(host)); err != nil {
+		if _, err := client.Write(data); err != nil {
+			t.Error(err)
+		}
+		if err := client.CloseWrite(); err != nil {
 			t.Error(err)
 		}
 	})
-	got, err := io.ReadAll(&extension.ChunkReader{R: host})
+	got, err := io.ReadAll(client)
 	sending.Wait()
 	if err != nil || !bytes.Equal(got, data) {
 		t.Errorf("%d bytes of %d, %v", len(got), len(data), err)
 	}
+	if err := <-spliced; err != nil {
+		t.Fatal(err)
+	}
 	select {
 	case err := <-done:
-		t.Errorf("the guest closed first: %v", err)
+		t.Fatalf("the guest closed first: %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
 	host.Close()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+// tcpConns is both ends of a TCP connection.
+func tcpConns(t *testing.T) (a, b *net.TCPConn) {
+	t.Helper()
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if a, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() })
+	if b, err = l.AcceptTCP(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	for _, c := range []net.Conn{a, b} {
+		if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a, b
 }
 
 // A host that leaves in the middle is seen by who listens.

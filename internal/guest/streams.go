@@ -174,7 +174,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 	}()
 	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
 	chunks := &extension.ChunkReader{R: r, Expect: newLowWater(conn).set}
-	receipt := &extension.Receipt{W: conn}
+	receipt := &extension.Receipt{W: conn, Worth: extension.WorthReceipt}
 	for {
 		b, err := chunks.ReadChunk()
 		if len(b) > 0 {

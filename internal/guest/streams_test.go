@@ -129,7 +129,7 @@ func sendAll(t *testing.T, conn net.Conn, data []byte) {
 		}
 		taken += n
 	}
-	if without := len(data) - taken; without < 0 || without >= extension.Window/4 {
+	if without := len(data) - taken; without < 0 || without >= extension.WorthReceipt {
 		t.Errorf("receipts for %d bytes of %d", taken, len(data))
 	}
 }

@@ -98,7 +98,7 @@ func (p *Peer) serveStream(conn net.Conn) {
 
 // receive takes stdin, and says so.
 func receive(w io.Writer, conn net.Conn) error {
-	chunks, receipt := &extension.ChunkReader{R: conn}, &extension.Receipt{W: conn}
+	chunks, receipt := &extension.ChunkReader{R: conn}, &extension.Receipt{W: conn, Worth: extension.WorthReceipt}
 	for {
 		b, err := chunks.ReadChunk()
 		if len(b) > 0 {

@@ -15,8 +15,8 @@ const (
 	// FeatureStreams says that StreamPort accepts streams. Version 1 had no receipts.
 	FeatureStreams = "vmshim.streams.v2"
 	// FeatureConnect says that StreamPort connects to ports in the containers'
-	// network.
-	FeatureConnect = "vmshim.connect.v1"
+	// network. Version 1 had no receipts.
+	FeatureConnect = "vmshim.connect.v2"
 )
 
 // ReadyParam is the kernel parameter that asks the agent to say that it

@@ -3,55 +3,102 @@ package extension
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
+	"time"
 )
 
-// spliceBuffer is the longest chunk of a spliced connection with its head: what
-// every transport carries in one piece.
-const spliceBuffer = 32 << 10
+const (
+	// spliceBuffer is the longest chunk of a spliced connection with its head: what
+	// every transport carries in one piece.
+	spliceBuffer = 32 << 10
+	// spliceWindow is the most bytes that a side has under way without a receipt.
+	spliceWindow = 4 * spliceBuffer
+	// spliceReceipt marks a head that is a receipt: the rest of it is how many bytes
+	// more the other side's TCP connection took.
+	spliceReceipt = 1 << 31
+)
 
 // Splice carries a TCP connection over a stream connection that was answered:
 // each side sends chunks and, where its own TCP connection has no more, the end
-// mark. It returns when both directions have ended, or one was cut: then with
-// the error, and both connections are closed. Otherwise closing them is the
-// caller's, the host's first.
+// mark; and receipts for what its TCP connection took, as the guest does for stdin.
+// It returns when both directions have ended, or one was cut: then with the error,
+// and both connections are closed. Otherwise closing them is the caller's, the
+// host's first.
 func Splice(tcp *net.TCPConn, conn net.Conn) error {
-	var once sync.Once
-	var first error
-	fail := func(err error) {
-		if err == nil {
-			return
-		}
-		once.Do(func() {
-			first = err
-			_ = tcp.SetLinger(0) // the other end shall know that it was cut
-			_ = tcp.Close()
-			_ = conn.Close()
-		})
-	}
-	var ways sync.WaitGroup
-	ways.Go(func() { fail(sendAll(conn, tcp)) })
-	ways.Go(func() { fail(receiveAll(tcp, conn)) })
+	s := &splice{tcp: tcp, conn: conn}
+	s.changed = sync.NewCond(&s.mu)
+	var receiver, ways sync.WaitGroup
+	receiver.Go(func() { s.fail(s.receive()) })
+	ways.Go(func() { s.fail(s.send()) })
+	ways.Go(func() { s.fail(s.deliver()) })
 	ways.Wait()
-	return first
+	_ = conn.SetReadDeadline(time.Unix(1, 0)) // receipts that nobody needs any more
+	receiver.Wait()
+	_ = conn.SetReadDeadline(time.Time{})
+	return s.err
 }
 
-// sendAll sends what is read from r in chunks, then the end mark.
-func sendAll(w io.Writer, r io.Reader) error {
+type splice struct {
+	tcp    *net.TCPConn
+	conn   net.Conn
+	writes sync.Mutex // a write to conn
+
+	changed *sync.Cond // of what follows, whose lock is mu
+	mu      sync.Mutex
+	sent    int    // bytes without a receipt
+	marked  bool   // the end mark is sent, or about to be
+	came    []byte // what tcp has not taken yet
+	ended   bool   // the other side's end mark has come
+	err     error  // the first
+}
+
+// fail ends everything, unless err is nil.
+func (s *splice) fail(err error) {
+	if err == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
+	}
+	s.changed.Broadcast()
+	_ = s.tcp.SetLinger(0) // the other end shall know that it was cut
+	_ = s.tcp.Close()
+	_ = s.conn.Close()
+}
+
+func (s *splice) write(b []byte) error {
+	s.writes.Lock()
+	defer s.writes.Unlock()
+	_, err := s.conn.Write(b)
+	return err
+}
+
+// send sends what is read from tcp in chunks, then the end mark.
+func (s *splice) send() error {
 	const head = 4
 	buf := make([]byte, spliceBuffer)
 	for {
-		n, err := r.Read(buf[head:])
+		n, err := s.tcp.Read(buf[head:])
 		if n > 0 {
+			if err := s.reserve(n); err != nil {
+				return err
+			}
 			binary.BigEndian.PutUint32(buf, uint32(n))
-			if _, werr := w.Write(buf[:head+n]); werr != nil {
-				return werr
+			if err := s.write(buf[:head+n]); err != nil {
+				return err
 			}
 		}
 		if errors.Is(err, io.EOF) {
-			return WriteEnd(w)
+			s.mu.Lock()
+			s.marked = true
+			s.mu.Unlock()
+			return s.write(make([]byte, head))
 		}
 		if err != nil {
 			return err
@@ -59,22 +106,101 @@ func sendAll(w io.Writer, r io.Reader) error {
 	}
 }
 
-// receiveAll writes what arrives in chunks, then ends that direction.
-func receiveAll(tcp *net.TCPConn, r io.Reader) error {
-	chunks := &ChunkReader{R: r}
-	buf := make([]byte, spliceBuffer)
+// reserve waits until n bytes may be sent.
+func (s *splice) reserve(n int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.sent+n > spliceWindow && s.err == nil {
+		s.changed.Wait()
+	}
+	s.sent += n
+	return s.err
+}
+
+// receive never waits for tcp: behind what that does not take there may be receipts.
+func (s *splice) receive() error {
+	var head [4]byte
+	buf := make([]byte, spliceWindow)
 	for {
-		n, err := chunks.Read(buf)
-		if n > 0 {
-			if _, werr := tcp.Write(buf[:n]); werr != nil {
-				return werr
+		if _, err := io.ReadFull(s.conn, head[:]); err != nil {
+			return s.over(err)
+		}
+		word := binary.BigEndian.Uint32(head[:])
+		var data []byte
+		if word&spliceReceipt == 0 {
+			if word > spliceWindow {
+				return fmt.Errorf("%w: chunk of %d bytes", ErrMalformed, word)
+			}
+			data = buf[:word]
+			if _, err := io.ReadFull(s.conn, data); err != nil {
+				return s.over(err)
 			}
 		}
-		if errors.Is(err, io.EOF) {
-			return tcp.CloseWrite()
-		}
-		if err != nil {
+		if err := s.received(word, data); err != nil {
 			return err
 		}
 	}
+}
+
+func (s *splice) received(word uint32, data []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.changed.Broadcast()
+	switch taken := int(word &^ spliceReceipt); {
+	case word&spliceReceipt != 0 && taken > s.sent:
+		return fmt.Errorf("%w: receipt for what was not sent", ErrMalformed)
+	case word&spliceReceipt != 0:
+		s.sent -= taken
+	case s.ended:
+		return fmt.Errorf("%w: chunk behind the end", ErrMalformed)
+	case word == 0:
+		s.ended = true
+	case len(s.came)+len(data) > spliceWindow:
+		return fmt.Errorf("%w: chunk beyond the window", ErrMalformed)
+	default:
+		s.came = append(s.came, data...)
+	}
+	return nil
+}
+
+// over is what the end of conn is: none where both marks were sent.
+func (s *splice) over(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended && s.marked && (errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded)) {
+		return nil
+	}
+	return cut(err)
+}
+
+// deliver gives tcp what has come, then ends that direction.
+func (s *splice) deliver() error {
+	var data []byte
+	receipt := &Receipt{W: receipts{s}, Worth: spliceWindow / 4}
+	for {
+		s.mu.Lock()
+		for len(s.came) == 0 && !s.ended && s.err == nil {
+			s.changed.Wait()
+		}
+		data, s.came = s.came, data[:0]
+		err := s.err
+		s.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if len(data) == 0 {
+			return s.tcp.CloseWrite()
+		}
+		if _, err := s.tcp.Write(data); err != nil {
+			return err
+		}
+		_ = receipt.Took(len(data)) // where it can't be sent nothing can be received either
+	}
+}
+
+// receipts marks what is written to it as such.
+type receipts struct{ s *splice }
+
+func (r receipts) Write(b []byte) (int, error) {
+	return len(b), r.s.write(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(b)|spliceReceipt))
 }

@@ -2,10 +2,12 @@ package extension
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -78,6 +80,74 @@ func TestSplice(t *testing.T) {
 	sides.Wait()
 	if errs := wait(); errs != [2]error{} {
 		t.Errorf("errors %v", errs)
+	}
+}
+
+// A direction in which nobody reads has no more than its window under way, and does
+// not stop the other.
+func TestSpliceWindow(t *testing.T) {
+	client, near := tcpPair(t)
+	line, guest := tcpPair(t)
+	done := make(chan error, 1)
+	go func() { done <- Splice(near, line) }()
+	go func() { _, _ = client.Write(make([]byte, 8<<20)) }() // until it is closed
+
+	came := 0
+	for came < spliceWindow-spliceBuffer { // a chunk that would exceed it is not sent
+		var head [4]byte
+		if _, err := io.ReadFull(guest, head[:]); err != nil {
+			t.Fatal(err)
+		}
+		n := int(binary.BigEndian.Uint32(head[:]))
+		if _, err := io.ReadFull(guest, make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+		came += n
+	}
+	_ = guest.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	rest, err := io.ReadAll(guest)
+	if came += len(rest); !errors.Is(err, os.ErrDeadlineExceeded) || came > spliceWindow+4 {
+		t.Errorf("%d bytes without a receipt, %v", came, err)
+	}
+	if err := WriteChunk(guest, []byte("back")); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, 4)
+	if _, err := io.ReadFull(client, got); err != nil || string(got) != "back" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if err := binary.Write(guest, binary.BigEndian, uint32(spliceReceipt|spliceWindow+1)); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; !errors.Is(err, ErrMalformed) {
+		t.Errorf("got %v for a receipt of what was not sent", err)
+	}
+}
+
+func TestSpliceMalformed(t *testing.T) {
+	word := func(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+	for name, bytes := range map[string][]byte{
+		"receipt":           word(spliceReceipt | 1),
+		"chunk":             word(spliceWindow + 1),
+		"behind the end":    append(word(0), word(0)...),
+		"beyond the window": append(append(word(spliceWindow), make([]byte, spliceWindow)...), append(word(spliceWindow), make([]byte, spliceWindow)...)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, near := tcpPair(t)
+			_ = client.SetReadBuffer(4 << 10) // takes little, and is not read
+			_ = near.SetWriteBuffer(4 << 10)
+			line, guest := tcpPair(t)
+			go func() {
+				for range 100 { // whatever the client's buffers hold
+					if _, err := guest.Write(bytes); err != nil {
+						return
+					}
+				}
+			}()
+			if err := Splice(near, line); !errors.Is(err, ErrMalformed) {
+				t.Errorf("got %v", err)
+			}
+		})
 	}
 }
 

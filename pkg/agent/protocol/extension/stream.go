@@ -39,8 +39,9 @@ const (
 	MaxMessage = 512       // bytes in a refusal
 
 	// Window is the most bytes of stdin without a receipt: one chunk that the
-	// process takes and one that comes meanwhile.
-	Window = 2 * MaxChunk
+	// process takes and one that comes meanwhile. WorthReceipt are a receipt.
+	Window       = 2 * MaxChunk
+	WorthReceipt = Window / 4
 )
 
 var streamMagic = [4]byte{'v', 'm', 's', '1'}
@@ -155,15 +156,16 @@ func WriteEnd(w io.Writer) error {
 	return err
 }
 
-// A Receipt is the guest's side of Window. It is sent when it is worth a packet.
+// A Receipt is the receiver's side of a window.
 type Receipt struct {
 	W     io.Writer
+	Worth int // bytes for which one is sent, less than the window by more than a chunk
 	taken int
 }
 
 // Took says that the process took n bytes more, of one chunk.
 func (r *Receipt) Took(n int) error {
-	if r.taken += n; r.taken < Window/4 {
+	if r.taken += n; r.taken < r.Worth {
 		return nil
 	}
 	b := binary.BigEndian.AppendUint32(nil, uint32(r.taken))

@@ -124,14 +124,14 @@ func TestChunkWriterError(t *testing.T) {
 // A receipt is sent when it is worth a packet, and long before the sender waits.
 func TestReceipt(t *testing.T) {
 	var wire bytes.Buffer
-	r := &Receipt{W: &wire}
+	r := &Receipt{W: &wire, Worth: WorthReceipt}
 	sent := 0
-	for _, n := range []int{1, Window/4 - 2, 1, MaxChunk, 7, MaxChunk} {
+	for _, n := range []int{1, WorthReceipt - 2, 1, MaxChunk, 7, MaxChunk} {
 		if err := r.Took(n); err != nil {
 			t.Fatal(err)
 		}
 		sent += n
-		if worth := sent >= Window/4; worth != (wire.Len() == 4) {
+		if worth := sent >= WorthReceipt; worth != (wire.Len() == 4) {
 			t.Fatalf("%d bytes of receipts for %d", wire.Len(), sent)
 		}
 		if wire.Len() > 0 {
