@@ -62,11 +62,11 @@ func (s *splice) fail(err error) {
 		return
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.err == nil {
 		s.err = err
 	}
 	s.changed.Broadcast()
+	s.mu.Unlock()
 	_ = s.tcp.SetLinger(0) // the other end shall know that it was cut
 	_ = s.tcp.Close()
 	_ = s.conn.Close()
@@ -120,7 +120,7 @@ func (s *splice) reserve(n int) error {
 // receive never waits for tcp: behind what that does not take there may be receipts.
 func (s *splice) receive() error {
 	var head [4]byte
-	buf := make([]byte, spliceWindow)
+	buf := make([]byte, spliceBuffer)
 	for {
 		if _, err := io.ReadFull(s.conn, head[:]); err != nil {
 			return s.over(err)
@@ -128,7 +128,7 @@ func (s *splice) receive() error {
 		word := binary.BigEndian.Uint32(head[:])
 		var data []byte
 		if word&spliceReceipt == 0 {
-			if word > spliceWindow {
+			if word > spliceBuffer {
 				return fmt.Errorf("%w: chunk of %d bytes", ErrMalformed, word)
 			}
 			data = buf[:word]

@@ -126,11 +126,12 @@ func TestSpliceWindow(t *testing.T) {
 
 func TestSpliceMalformed(t *testing.T) {
 	word := func(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
-	for name, bytes := range map[string][]byte{
+	chunk := append(word(spliceBuffer), make([]byte, spliceBuffer)...)
+	for name, wire := range map[string][]byte{
 		"receipt":           word(spliceReceipt | 1),
-		"chunk":             word(spliceWindow + 1),
+		"chunk":             word(spliceBuffer + 1),
 		"behind the end":    append(word(0), word(0)...),
-		"beyond the window": append(append(word(spliceWindow), make([]byte, spliceWindow)...), append(word(spliceWindow), make([]byte, spliceWindow)...)...),
+		"beyond the window": bytes.Repeat(chunk, 2*spliceWindow/spliceBuffer),
 	} {
 		t.Run(name, func(t *testing.T) {
 			client, near := tcpPair(t)
@@ -139,7 +140,7 @@ func TestSpliceMalformed(t *testing.T) {
 			line, guest := tcpPair(t)
 			go func() {
 				for range 100 { // whatever the client's buffers hold
-					if _, err := guest.Write(bytes); err != nil {
+					if _, err := guest.Write(wire); err != nil {
 						return
 					}
 				}
