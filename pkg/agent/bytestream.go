@@ -52,15 +52,20 @@ type byteInput struct {
 	line   *line
 	chunks extension.ChunkWriter
 
-	mu   sync.Mutex
-	sent int           // bytes without a receipt; guarded by mu
-	room chan struct{} // has an element when sent has become less
+	mu     sync.Mutex
+	credit extension.Credit // guarded by mu
+	room   chan struct{}    // has an element when there is more of it
 }
 
 // newByteInput makes a stdin of the line, and of r, which reads from it. The caller
 // is in the life.
 func newByteInput(l *life, n *line, r io.Reader) *stdin {
-	i := &byteInput{line: n, chunks: extension.ChunkWriter{W: n.Conn}, room: make(chan struct{}, 1)}
+	i := &byteInput{
+		line:   n,
+		chunks: extension.ChunkWriter{W: n.Conn},
+		credit: extension.Credit{Most: extension.Window},
+		room:   make(chan struct{}, 1),
+	}
 	l.jobs.Go(func() { i.readReceipts(r) })
 	return newStdin(l, n.down, i.write, i.end)
 }
@@ -84,15 +89,10 @@ func (i *byteInput) write(b []byte) (written int, err error) {
 	return written, nil
 }
 
-// take notes n bytes as sent if there is room for them.
 func (i *byteInput) take(n int) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.sent+n > extension.Window {
-		return false
-	}
-	i.sent += n
-	return true
+	return i.credit.Take(n)
 }
 
 // readReceipts goes on until the line fails, or fails it: the guest closes when it
@@ -100,8 +100,8 @@ func (i *byteInput) take(n int) bool {
 func (i *byteInput) readReceipts(r io.Reader) {
 	for {
 		n, err := extension.ReadReceipt(r)
-		if err == nil && !i.taken(n) {
-			err = fmt.Errorf("%w: receipt for what was not sent", extension.ErrMalformed)
+		if err == nil {
+			err = i.taken(n)
 		}
 		switch {
 		case errors.Is(err, extension.ErrMalformed):
@@ -114,19 +114,15 @@ func (i *byteInput) readReceipts(r io.Reader) {
 	}
 }
 
-// taken makes room, unless it is more than was sent.
-func (i *byteInput) taken(n int) bool {
+// taken makes room, and says so to who waits for it.
+func (i *byteInput) taken(n int) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if n > i.sent {
-		return false
-	}
-	i.sent -= n
 	select {
 	case i.room <- struct{}{}:
 	default:
 	}
-	return true
+	return i.credit.Return(n)
 }
 
 // end returns when the guest has taken everything.

@@ -86,7 +86,8 @@ func (p *Peer) serveStream(conn net.Conn) {
 	}
 	switch h.Stream {
 	case extension.Stdin:
-		if err := receive(proc.stdin, conn); err == nil {
+		in := taker{proc.stdin, &extension.Receipt{W: conn, Worth: extension.WorthReceipt}}
+		if _, err := io.Copy(in, &extension.ChunkReader{R: conn}); err == nil {
 			_ = proc.stdin.Close()
 		}
 	case extension.Stdout:
@@ -96,26 +97,18 @@ func (p *Peer) serveStream(conn net.Conn) {
 	}
 }
 
-// receive takes stdin, and says so.
-func receive(w io.Writer, conn net.Conn) error {
-	chunks, receipt := &extension.ChunkReader{R: conn}, &extension.Receipt{W: conn, Worth: extension.WorthReceipt}
-	for {
-		b, err := chunks.ReadChunk()
-		if len(b) > 0 {
-			if _, err := w.Write(b); err != nil {
-				return err
-			}
-			if err := receipt.Took(len(b)); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+// A taker takes stdin, and says so.
+type taker struct {
+	io.Writer
+	receipt *extension.Receipt
+}
+
+func (t taker) Write(b []byte) (int, error) {
+	n, err := t.Writer.Write(b)
+	if err == nil {
+		err = t.receipt.Took(n)
 	}
+	return n, err
 }
 
 // send gives a stream to the host, and waits until it has taken the end.

@@ -29,7 +29,7 @@ const (
 // and both connections are closed. Otherwise closing them is the caller's, the
 // host's first.
 func Splice(tcp *net.TCPConn, conn net.Conn) error {
-	s := &splice{tcp: tcp, conn: conn}
+	s := &splice{tcp: tcp, conn: conn, credit: Credit{Most: spliceWindow}}
 	s.changed = sync.NewCond(&s.mu)
 	var receiver, ways sync.WaitGroup
 	receiver.Go(func() { s.fail(s.receive()) })
@@ -49,7 +49,7 @@ type splice struct {
 
 	changed *sync.Cond // of what follows, whose lock is mu
 	mu      sync.Mutex
-	sent    int    // bytes without a receipt
+	credit  Credit
 	marked  bool   // the end mark is sent, or about to be
 	came    []byte // what tcp has not taken yet
 	ended   bool   // the other side's end mark has come
@@ -72,11 +72,11 @@ func (s *splice) fail(err error) {
 	_ = s.conn.Close()
 }
 
-func (s *splice) write(b []byte) error {
+// Write sends a chunk, a mark or a receipt.
+func (s *splice) Write(b []byte) (int, error) {
 	s.writes.Lock()
 	defer s.writes.Unlock()
-	_, err := s.conn.Write(b)
-	return err
+	return s.conn.Write(b)
 }
 
 // send sends what is read from tcp in chunks, then the end mark.
@@ -90,7 +90,7 @@ func (s *splice) send() error {
 				return err
 			}
 			binary.BigEndian.PutUint32(buf, uint32(n))
-			if err := s.write(buf[:head+n]); err != nil {
+			if _, err := s.Write(buf[:head+n]); err != nil {
 				return err
 			}
 		}
@@ -98,7 +98,7 @@ func (s *splice) send() error {
 			s.mu.Lock()
 			s.marked = true
 			s.mu.Unlock()
-			return s.write(make([]byte, head))
+			return WriteEnd(s)
 		}
 		if err != nil {
 			return err
@@ -110,10 +110,9 @@ func (s *splice) send() error {
 func (s *splice) reserve(n int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.sent+n > spliceWindow && s.err == nil {
+	for s.err == nil && !s.credit.Take(n) {
 		s.changed.Wait()
 	}
-	s.sent += n
 	return s.err
 }
 
@@ -146,11 +145,9 @@ func (s *splice) received(word uint32, data []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer s.changed.Broadcast()
-	switch taken := int(word &^ spliceReceipt); {
-	case word&spliceReceipt != 0 && taken > s.sent:
-		return fmt.Errorf("%w: receipt for what was not sent", ErrMalformed)
+	switch {
 	case word&spliceReceipt != 0:
-		s.sent -= taken
+		return s.credit.Return(int(word &^ spliceReceipt))
 	case s.ended:
 		return fmt.Errorf("%w: chunk behind the end", ErrMalformed)
 	case word == 0:
@@ -202,5 +199,5 @@ func (s *splice) deliver() error {
 type receipts struct{ s *splice }
 
 func (r receipts) Write(b []byte) (int, error) {
-	return len(b), r.s.write(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(b)|spliceReceipt))
+	return r.s.Write(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(b)|spliceReceipt))
 }

@@ -156,6 +156,30 @@ func WriteEnd(w io.Writer) error {
 	return err
 }
 
+// A Credit is the sender's side of a window of Most bytes.
+type Credit struct {
+	Most int
+	sent int // without a receipt
+}
+
+// Take notes n bytes as sent if there is room for them.
+func (c *Credit) Take(n int) bool {
+	if c.sent+n > c.Most {
+		return false
+	}
+	c.sent += n
+	return true
+}
+
+// Return makes room: a receipt for n bytes has come.
+func (c *Credit) Return(n int) error {
+	if n > c.sent {
+		return fmt.Errorf("%w: receipt for what was not sent", ErrMalformed)
+	}
+	c.sent -= n
+	return nil
+}
+
 // A Receipt is the receiver's side of a window.
 type Receipt struct {
 	W     io.Writer
