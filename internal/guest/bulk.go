@@ -11,17 +11,17 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmshim/vmshim/internal/linger"
 )
 
 const (
 	// bulkRead is a read or write after which more is expected at once.
 	bulkRead = 16 << 10
-	// bulkBuffer is what is read at once then: as much as a pipe holds, and twice of
+	// bulkBuffer is what is read at once then: as much as a pipe holds, and four times
 	// what a vsock takes in advance, so that the process goes on while it is sent.
-	bulkBuffer = 512 << 10
-	// lingerTime bounds how long a thread waits for more of it.
-	lingerTime = 10 * time.Millisecond
-	// maxLingers bounds how often it does in one call.
+	bulkBuffer = 1 << 20
+	// maxLingers bounds how often a thread waits for more of it in one call.
 	maxLingers = 4
 )
 
@@ -89,10 +89,14 @@ func (p *patient) Write(b []byte) (n int, err error) {
 
 // do calls f until it is done or fails, and waits where it can't go on.
 func (p *patient) do(name string, g *gate, events int16, bulk bool, f func(fd int) (bool, error)) error {
+	lingers := 0
+	if bulk {
+		lingers = maxLingers
+	}
 	for {
 		var done bool
 		var err error
-		closed := p.raw.Control(func(fd uintptr) { done, err = linger(int(fd), events, bulk, f) })
+		closed := p.raw.Control(func(fd uintptr) { done, err = linger.Do(int(fd), events, lingers, f) })
 		switch {
 		case closed != nil:
 			return os.ErrClosed
@@ -105,29 +109,6 @@ func (p *patient) do(name string, g *gate, events int16, bulk bool, f func(fd in
 			return err
 		}
 	}
-}
-
-// linger is what do does without the scheduler.
-func linger(fd int, events int16, bulk bool, f func(fd int) (bool, error)) (done bool, err error) {
-	for lingers := 0; ; {
-		done, err = f(fd)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EAGAIN):
-			if !bulk || lingers == maxLingers || !ready(fd, events) {
-				return false, nil
-			}
-			lingers++
-		case done || err != nil:
-			return true, err
-		}
-	}
-}
-
-// ready says whether the file is ready for events, or was soon.
-func ready(fd int, events int16) bool {
-	n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: events}}, int(lingerTime/time.Millisecond))
-	return n > 0
 }
 
 // yield lets a process on the same CPU fill its pipe first.

@@ -46,16 +46,16 @@ func TestChunkBuffer(t *testing.T) {
 func TestBulkBuffers(t *testing.T) {
 	buffers := make([]chunkBuffer, maxBulkBuffers+1)
 	for i := range buffers {
-		buffers[i] = make(chunkBuffer, frameSize)
+		buffers[i] = make(chunkBuffer, smallBuffer)
 		buffers[i].resize(true)
 		buffers[i].resize(true)
 	}
 	last := &buffers[maxBulkBuffers]
-	if len(buffers[0]) != bulkBuffer || len(*last) != frameSize {
+	if len(buffers[0]) != bulkBuffer || len(*last) != smallBuffer {
 		t.Errorf("the first has %d bytes, one too many %d", len(buffers[0]), len(*last))
 	}
 	buffers[0].resize(false)
-	if last.resize(true); len(buffers[0]) != frameSize || len(*last) != bulkBuffer {
+	if last.resize(true); len(buffers[0]) != smallBuffer || len(*last) != bulkBuffer {
 		t.Errorf("%d bytes given back, then %d", len(buffers[0]), len(*last))
 	}
 	for i := range buffers {

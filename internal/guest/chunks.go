@@ -4,15 +4,20 @@ import (
 	"encoding/binary"
 	"io"
 	"slices"
+
+	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
 
 const (
 	// chunkHead is the length before the bytes of a chunk.
 	chunkHead = 4
-	// frameSize is a chunk with its head that fills two packets.
-	frameSize = 2 * maxPacket
+	// frameSize is a chunk with its head that fills packets: the largest, because the
+	// host passes a chunk on when all of it has come.
+	frameSize = extension.MaxChunk
+	// smallBuffer is what each output has: two packets.
+	smallBuffer = 2 * maxPacket
 	// maxBulkBuffers bounds the large buffers that all outputs together have.
-	maxBulkBuffers = 8
+	maxBulkBuffers = 4
 )
 
 // bulkBuffers has an element for each large buffer.
@@ -36,7 +41,7 @@ func (f *chunkBuffer) resize(bulk bool) {
 		}
 	case !bulk && large:
 		<-bulkBuffers
-		*f = make(chunkBuffer, frameSize)
+		*f = make(chunkBuffer, smallBuffer)
 	}
 }
 

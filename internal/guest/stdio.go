@@ -29,8 +29,8 @@ type stdioOptions struct {
 	uid, gid int  // who must be able to open /dev/stdout again
 }
 
-// defaultPipeSize is eight times the kernel's: a process and the agent take turns
-// less often.
+// defaultPipeSize is sixteen times the kernel's, and its limit for who has no
+// privileges (pipe-max-size): a process and the agent take turns less often.
 const defaultPipeSize = bulkBuffer
 
 // newStdio makes the streams and gives their other ends to the process, which

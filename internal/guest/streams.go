@@ -172,7 +172,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 		close(stopped)
 		<-watched
 	}()
-	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, bulkBuffer)
+	r := bufio.NewReaderSize(&bulkReader{Conn: conn}, inputBuffer)
 	chunks := &extension.ChunkReader{R: r, Expect: newLowWater(conn).set}
 	receipt := &extension.Receipt{W: conn, Worth: extension.WorthReceipt}
 	for {
@@ -210,7 +210,7 @@ func serveOutput(ctx context.Context, conn net.Conn, out *output) bool {
 		conn.Close()
 		<-left
 	}()
-	bulk, chunks := false, make(chunkBuffer, frameSize)
+	bulk, chunks := false, make(chunkBuffer, smallBuffer)
 	defer func() { chunks.resize(false) }()
 	for {
 		if bulk {

@@ -88,7 +88,7 @@ func (l *life) openStream(ctx context.Context, id process, stream byte) (*line, 
 	n := newLine(l, conn)
 	started := time.Now()
 	stop := context.AfterFunc(ctx, func() { n.fail(waited(ctx, "no answer", started)) })
-	r := bufio.NewReaderSize(n.Conn, extension.MaxChunk)
+	r := bufio.NewReaderSize(&bulkReader{n.Conn}, smallRead)
 	err = handshake(n, r, extension.StreamHeader{Stream: stream, ContainerID: id.containerID, ExecID: id.execID})
 	if !stop() && err == nil {
 		err = waited(ctx, "no answer", started)

@@ -224,7 +224,8 @@ type ChunkReader struct {
 	done bool
 }
 
-// Read implements io.Reader.
+// Read implements io.Reader. It returns as much of a chunk as p has room for: a chunk
+// was sent at once, and who passes it on in one piece wakes up its reader once.
 func (c *ChunkReader) Read(p []byte) (int, error) {
 	if c.done {
 		return 0, io.EOF
@@ -237,7 +238,7 @@ func (c *ChunkReader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	n, err := c.R.Read(p[:min(len(p), int(c.left))])
+	n, err := io.ReadFull(c.R, p[:min(len(p), int(c.left))])
 	c.left -= uint32(n)
 	return n, cut(err)
 }
