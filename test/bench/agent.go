@@ -68,20 +68,22 @@ func (r *rig) ways(ctx context.Context, res *results, c *container) error {
 	defer plain.Close()
 	times := map[string][]time.Duration{}
 	for i := range r.runs {
-		for way, open := range map[string]func(id string) (io.Reader, error){
-			"stream": func(id string) (io.Reader, error) {
+		for way, open := range map[string]func(ctx context.Context, id string) (io.Reader, error){
+			"stream": func(ctx context.Context, id string) (io.Reader, error) {
 				s, err := a.Streams(ctx, c.id, id, agent.StreamSet{Stdout: true})
 				if err != nil {
 					return nil, err
 				}
 				return s.Stdout, nil
 			},
-			"call": func(id string) (io.Reader, error) {
+			"call": func(ctx context.Context, id string) (io.Reader, error) {
 				return callsOutput{ctx, protocol.NewAgentServiceClient(plain), c.id, id}, nil
 			},
-			"our-call": func(id string) (io.Reader, error) { return plainOutput{ctx, a, c.id, id}, nil },
+			"our-call": func(ctx context.Context, id string) (io.Reader, error) { return plainOutput{ctx, a, c.id, id}, nil },
 		} {
-			t, err := carry(ctx, a, c.id, fmt.Sprintf("%s-%d", way, i), open)
+			t, err := limited(ctx, func(ctx context.Context) (time.Duration, error) {
+				return carry(ctx, a, c.id, fmt.Sprintf("%s-%d", way, i), open)
+			})
 			if err != nil {
 				return fmt.Errorf("output by %s: %w", way, err)
 			}
@@ -96,7 +98,7 @@ func (r *rig) ways(ctx context.Context, res *results, c *container) error {
 }
 
 // carry is the time from a process' first byte to its last.
-func carry(ctx context.Context, a agent.Processes, containerID, execID string, open func(string) (io.Reader, error)) (_ time.Duration, err error) {
+func carry(ctx context.Context, a agent.Processes, containerID, execID string, open func(context.Context, string) (io.Reader, error)) (_ time.Duration, err error) {
 	err = a.Exec(ctx, &protocol.ExecProcessRequest{
 		ContainerId: containerID, ExecId: execID,
 		Process: &protocol.Process{Args: source, Cwd: "/", User: &protocol.User{}},
@@ -104,9 +106,12 @@ func carry(ctx context.Context, a agent.Processes, containerID, execID string, o
 	if err != nil {
 		return 0, err
 	}
-	r, err := open(execID)
+	r, err := open(ctx, execID)
 	if err != nil {
 		return 0, err
+	}
+	if c, ok := r.(io.Closer); ok {
+		defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	}
 	took, err := take(r)
 	if err != nil {

@@ -52,7 +52,7 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 			{&rawIn, func(ctx context.Context) (time.Duration, error) { return raw(ctx, dial, rawSink) }},
 			{&in, c.stdin},
 		} {
-			t, err := m.f(ctx)
+			t, err := limited(ctx, m.f)
 			if err != nil {
 				return err
 			}
@@ -68,6 +68,15 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 		res.add(result{Name: "stdio, 20 MiB " + d.name, Value: rate(d.stdio), Unit: "MiB/s", Against: base, AtLeast: 0.5})
 	}
 	return r.ways(ctx, res, c)
+}
+
+// transferLimit bounds one transfer: what stands still is seen at once.
+const transferLimit = 5 * time.Minute
+
+func limited(ctx context.Context, transfer func(context.Context) (time.Duration, error)) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, transferLimit)
+	defer cancel()
+	return transfer(ctx)
 }
 
 func rate(times []time.Duration) float64 { return volume / (1 << 20) / (median(times) / 1000) }
