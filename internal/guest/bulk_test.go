@@ -16,7 +16,7 @@ import (
 // Whatever a connection takes of a bulk read, the rest and no more is given back:
 // it is whole for the next one.
 func TestChunkBuffer(t *testing.T) {
-	const carries = frameSize - chunkHead
+	const carries = frameSize - extension.ChunkHead
 	for _, n := range []int{0, 1, carries - 1, carries, carries + 1, 2*carries + carries/2, 4 * carries} {
 		chunks := make(chunkBuffer, bulkBuffer)
 		var data []byte
@@ -27,7 +27,7 @@ func TestChunkBuffer(t *testing.T) {
 			data = append(data, b...)
 		}
 		data = data[:n]
-		for _, takes := range []int{0, 2, chunkHead, chunkHead + 5, frameSize, frameSize + 3, 2*frameSize + 100, 1 << 20} {
+		for _, takes := range []int{0, 2, extension.ChunkHead, extension.ChunkHead + 5, frameSize, frameSize + 3, 2*frameSize + 100, 1 << 20} {
 			var wire bytes.Buffer
 			rest, err := chunks.send(&shortWriter{&wire, takes}, n)
 			if (err == nil) != (rest == nil) {

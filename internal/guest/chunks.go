@@ -9,8 +9,6 @@ import (
 )
 
 const (
-	// chunkHead is the length before the bytes of a chunk.
-	chunkHead = 4
 	// frameSize is a chunk with its head that fills packets: the largest, because the
 	// host passes a chunk on when all of it has come.
 	frameSize = extension.MaxChunk
@@ -49,7 +47,7 @@ func (f *chunkBuffer) resize(bulk bool) {
 func (f chunkBuffer) room() [][]byte {
 	var room [][]byte
 	for frame := range slices.Chunk(f, frameSize) {
-		room = append(room, frame[chunkHead:])
+		room = append(room, frame[extension.ChunkHead:])
 	}
 	return room
 }
@@ -59,9 +57,9 @@ func (f chunkBuffer) room() [][]byte {
 func (f chunkBuffer) send(w io.Writer, n int) (rest []byte, err error) {
 	end := 0
 	for n > 0 {
-		k := min(n, frameSize-chunkHead)
+		k := min(n, frameSize-extension.ChunkHead)
 		binary.BigEndian.PutUint32(f[end:], uint32(k))
-		n, end = n-k, end+chunkHead+k
+		n, end = n-k, end+extension.ChunkHead+k
 	}
 	sent, err := w.Write(f[:end])
 	if err == nil {
@@ -69,7 +67,7 @@ func (f chunkBuffer) send(w io.Writer, n int) (rest []byte, err error) {
 	}
 	for frame := range slices.Chunk(f[:end], frameSize) {
 		gone := max(0, min(sent, len(frame)))
-		rest, sent = append(rest, frame[max(gone, chunkHead):]...), sent-gone
+		rest, sent = append(rest, frame[max(gone, extension.ChunkHead):]...), sent-gone
 	}
 	return rest, err
 }

@@ -21,9 +21,9 @@ type lowWater struct {
 	most int
 }
 
-// inputBuffer is how much of an input the kernel takes in advance: the next chunk
-// comes while the process reads the last one.
-const inputBuffer = 2 * extension.MaxChunk
+// inputBuffer is how much of an input the kernel takes in advance: all that the host
+// sends without a receipt.
+const inputBuffer = extension.Window
 
 func newLowWater(conn net.Conn) *lowWater {
 	w := &lowWater{conn: rawConn(conn), mark: 1, most: maxLowWater()}

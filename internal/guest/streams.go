@@ -181,7 +181,7 @@ func serveInput(ctx context.Context, conn net.Conn, in *input) {
 			if _, err := in.write(ctx, b); err != nil {
 				return // the process does not read any more
 			}
-			if err := receipt.Took(len(b)); err != nil {
+			if err := receipt.Took(chunks.Count()); err != nil {
 				return
 			}
 		}

@@ -74,7 +74,7 @@ func newByteInput(l *life, n *line, r io.Reader) *stdin {
 func (i *byteInput) write(b []byte) (written int, err error) {
 	for len(b) > 0 {
 		n := min(len(b), extension.MaxChunk)
-		for !i.take(n) {
+		for !i.take(extension.ChunkHead + n) {
 			select {
 			case <-i.room:
 			case <-i.line.down:

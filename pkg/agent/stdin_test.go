@@ -151,17 +151,48 @@ func TestStdinWindow(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	come(extension.Window)
-	receipt(extension.MaxChunk)
+	const chunk = extension.ChunkHead + extension.MaxChunk
+	come(2 * extension.MaxChunk)
+	receipt(chunk)
 	come(extension.MaxChunk)
-	receipt(extension.MaxChunk / 2) // a whole chunk has no room yet
+	receipt(chunk - 1) // a whole chunk has no room yet
 	come(0)
-	receipt(extension.MaxChunk / 2)
+	receipt(1)
 	come(extension.MaxChunk)
 
 	receipt(extension.Window)
 	receipt(extension.Window) // there can't be as much
 	soon(t, "write", func() { wantUnavailable(t, <-written, "receipt for what was not sent") })
+}
+
+// What little inputs take of the window is their lengths above all.
+func TestStdinWindowOfBytes(t *testing.T) {
+	const chunk = extension.ChunkHead + 1
+	guest := make(chan net.Conn, 1)
+	done := make(chan struct{})
+	defer close(done)
+	c := streamScript(t, func(conn net.Conn) {
+		_ = extension.WriteStreamAnswer(conn, extension.StreamOK, "")
+		guest <- conn
+		<-done
+	})
+	s := streams(t, c, "c", StreamSet{Stdin: true})
+	conn := <-guest
+	go func() { // ends with the stream
+		for {
+			if _, err := s.Stdin.Write(make([]byte, 1)); err != nil {
+				return
+			}
+		}
+	}()
+	want := extension.Window / chunk * chunk
+	if _, err := io.ReadFull(conn, make([]byte, want)); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if n, err := conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("%d bytes came after %d, %v", n, want, err)
+	}
 }
 
 // The end of input for a process that is gone is no error.

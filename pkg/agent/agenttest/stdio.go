@@ -86,8 +86,9 @@ func (p *Peer) serveStream(conn net.Conn) {
 	}
 	switch h.Stream {
 	case extension.Stdin:
-		in := taker{proc.stdin, &extension.Receipt{W: conn, Worth: extension.WorthReceipt}}
-		if _, err := io.Copy(in, &extension.ChunkReader{R: conn}); err == nil {
+		chunks := &extension.ChunkReader{R: conn}
+		in := taker{proc.stdin, chunks, &extension.Receipt{W: conn, Worth: extension.WorthReceipt}}
+		if _, err := io.Copy(in, chunks); err == nil {
 			_ = proc.stdin.Close()
 		}
 	case extension.Stdout:
@@ -100,13 +101,14 @@ func (p *Peer) serveStream(conn net.Conn) {
 // A taker takes stdin, and says so.
 type taker struct {
 	io.Writer
+	chunks  *extension.ChunkReader
 	receipt *extension.Receipt
 }
 
 func (t taker) Write(b []byte) (int, error) {
 	n, err := t.Writer.Write(b)
 	if err == nil {
-		err = t.receipt.Took(n)
+		err = t.receipt.Took(t.chunks.Count())
 	}
 	return n, err
 }

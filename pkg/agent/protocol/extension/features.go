@@ -12,8 +12,9 @@ const (
 const (
 	// FeatureExtension says that the Extension service is served on AgentPort.
 	FeatureExtension = "vmshim.extension.v1"
-	// FeatureStreams says that StreamPort accepts streams. Version 1 had no receipts.
-	FeatureStreams = "vmshim.streams.v2"
+	// FeatureStreams says that StreamPort accepts streams. Version 1 had no receipts,
+	// those of version 2 did not count the chunks' lengths.
+	FeatureStreams = "vmshim.streams.v3"
 	// FeatureConnect says that StreamPort connects to ports in the containers'
 	// network. Version 1 had no receipts.
 	FeatureConnect = "vmshim.connect.v2"

@@ -34,13 +34,14 @@ const (
 
 // Limits of the stream protocol.
 const (
+	ChunkHead  = 4         // bytes of a chunk's length, before it
 	MaxChunk   = 256 << 10 // bytes in one chunk
 	MaxID      = 1 << 10   // bytes in a container or exec id
 	MaxMessage = 512       // bytes in a refusal
 
-	// Window is the most bytes of stdin without a receipt: one chunk that the
-	// process takes and one that comes meanwhile. WorthReceipt are a receipt.
-	Window       = 2 * MaxChunk
+	// Window is the most bytes of stdin, lengths included, without a receipt: one chunk
+	// that the process takes and one that comes meanwhile. WorthReceipt are a receipt.
+	Window       = 2 * (ChunkHead + MaxChunk)
 	WorthReceipt = Window / 4
 )
 
@@ -120,7 +121,7 @@ func ReadStreamAnswer(r io.Reader) (StreamStatus, string, error) {
 func WriteChunk(w io.Writer, data []byte) error {
 	for len(data) > 0 {
 		n := min(len(data), MaxChunk)
-		b := make([]byte, 4, 4+n)
+		b := make([]byte, ChunkHead, ChunkHead+n)
 		binary.BigEndian.PutUint32(b, uint32(n))
 		if _, err := w.Write(append(b, data[:n]...)); err != nil {
 			return err
@@ -152,7 +153,7 @@ func (c *ChunkWriter) Write(p []byte) (written int, err error) {
 
 // WriteEnd ends the stream.
 func WriteEnd(w io.Writer) error {
-	_, err := w.Write(make([]byte, 4))
+	_, err := w.Write(make([]byte, ChunkHead))
 	return err
 }
 
@@ -187,7 +188,7 @@ type Receipt struct {
 	taken int
 }
 
-// Took says that the process took n bytes more, of one chunk.
+// Took says that n bytes more were taken, of one chunk.
 func (r *Receipt) Took(n int) error {
 	if r.taken += n; r.taken < r.Worth {
 		return nil
@@ -220,8 +221,16 @@ type ChunkReader struct {
 	// brings less it is told again, as no more than the rest may ever come.
 	Expect func(n int)
 
-	left uint32
-	done bool
+	left  uint32
+	done  bool
+	count int
+}
+
+// Count is how many bytes were read since it was asked last, lengths included.
+func (c *ChunkReader) Count() int {
+	n := c.count
+	c.count = 0
+	return n
 }
 
 // Read implements io.Reader. It returns as much of a chunk as p has room for: a chunk
@@ -240,6 +249,7 @@ func (c *ChunkReader) Read(p []byte) (int, error) {
 	}
 	n, err := io.ReadFull(c.R, p[:min(len(p), int(c.left))])
 	c.left -= uint32(n)
+	c.count += n
 	return n, cut(err)
 }
 
@@ -256,7 +266,7 @@ func (c *ChunkReader) ReadChunk() ([]byte, error) {
 		c.R = r
 	}
 	if c.left == 0 {
-		c.expect(4 - r.Buffered())
+		c.expect(ChunkHead - r.Buffered())
 		if err := c.head(); err != nil {
 			return nil, err
 		}
@@ -270,6 +280,7 @@ func (c *ChunkReader) ReadChunk() ([]byte, error) {
 	b, _ := r.Peek(min(n, r.Buffered()))
 	_, _ = r.Discard(len(b)) // all of it is buffered
 	c.left -= uint32(len(b))
+	c.count += len(b)
 	return b, cut(err)
 }
 
@@ -281,10 +292,11 @@ func (c *ChunkReader) expect(n int) {
 
 // head reads the length of the next chunk.
 func (c *ChunkReader) head() error {
-	var b [4]byte
+	var b [ChunkHead]byte
 	if _, err := io.ReadFull(c.R, b[:]); err != nil {
 		return cut(err)
 	}
+	c.count += len(b)
 	c.left = binary.BigEndian.Uint32(b[:])
 	switch {
 	case c.left == 0:

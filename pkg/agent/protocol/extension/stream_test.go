@@ -142,7 +142,7 @@ func TestReceipt(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]error{
-		"\x00\x08\x00\x01": ErrMalformed, // Window + 1
+		"\x00\x08\x00\x09": ErrMalformed, // Window + 1
 		"\x00\x08":         io.ErrUnexpectedEOF,
 		"":                 io.EOF,
 	} {
@@ -282,6 +282,31 @@ func TestReadChunk(t *testing.T) {
 	for range 2 {
 		if got, err := r.ReadChunk(); len(got) != 0 || !errors.Is(err, io.EOF) {
 			t.Errorf("at the end: %q, %v", got, err)
+		}
+	}
+}
+
+// What was read is counted with the lengths, whichever way it was read.
+func TestChunkReaderCount(t *testing.T) {
+	var wire bytes.Buffer
+	for _, chunk := range []string{"a", "0123456789", "last"} {
+		if err := WriteChunk(&wire, []byte(chunk)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := &ChunkReader{R: &wire}
+	if _, err := io.ReadFull(c, make([]byte, 1+4)); err != nil {
+		t.Fatal(err)
+	}
+	if n := c.Count(); n != ChunkHead+1+ChunkHead+4 {
+		t.Errorf("counted %d for two lengths and 5 bytes", n)
+	}
+	for _, want := range []int{6, ChunkHead + 4} {
+		if _, err := c.ReadChunk(); err != nil {
+			t.Fatal(err)
+		}
+		if n := c.Count(); n != want {
+			t.Errorf("counted %d, want %d", n, want)
 		}
 	}
 }
