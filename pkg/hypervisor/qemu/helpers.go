@@ -157,7 +157,9 @@ func (vm *VM) startVhostDeviceVsock(ctx context.Context) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch %s: %w", path, err)
 	}
-	defer made.Close()
+	// The kernel ends a watch only after a grace period of SRCU (some 13 ms), for
+	// which QEMU need not wait.
+	defer vm.watchers.Go(func() { _ = made.Close() })
 
 	c := command{role: roleVsock, path: vm.opts.Host.VhostDeviceVsock, user: vm.user, flags: isolation()}
 	at := fdPath(c.files.add(dir))
