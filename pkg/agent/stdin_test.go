@@ -118,18 +118,23 @@ func TestStdinKeepsTheOrder(t *testing.T) {
 	l.jobs.Wait()
 }
 
-// No more of stdin is under way than the guest has room for; receipts make room.
-func TestStdinWindow(t *testing.T) {
+// unreadStdin is a stdin and the guest's end of its connection, which nobody reads.
+func unreadStdin(t *testing.T) (*Streams, net.Conn) {
+	t.Helper()
 	guest := make(chan net.Conn, 1)
 	done := make(chan struct{})
-	defer close(done)
 	c := streamScript(t, func(conn net.Conn) {
 		_ = extension.WriteStreamAnswer(conn, extension.StreamOK, "")
 		guest <- conn
 		<-done
 	})
-	s := streams(t, c, "c", StreamSet{Stdin: true})
-	conn := <-guest
+	t.Cleanup(func() { close(done) }) // before the peer waits for its script
+	return streams(t, c, "c", StreamSet{Stdin: true}), <-guest
+}
+
+// No more of stdin is under way than the guest has room for; receipts make room.
+func TestStdinWindow(t *testing.T) {
+	s, conn := unreadStdin(t)
 	written := make(chan error, 1)
 	go func() { _, err := s.Stdin.Write(make([]byte, large)); written <- err }()
 
@@ -168,16 +173,7 @@ func TestStdinWindow(t *testing.T) {
 // What little inputs take of the window is their lengths above all.
 func TestStdinWindowOfBytes(t *testing.T) {
 	const chunk = extension.ChunkHead + 1
-	guest := make(chan net.Conn, 1)
-	done := make(chan struct{})
-	defer close(done)
-	c := streamScript(t, func(conn net.Conn) {
-		_ = extension.WriteStreamAnswer(conn, extension.StreamOK, "")
-		guest <- conn
-		<-done
-	})
-	s := streams(t, c, "c", StreamSet{Stdin: true})
-	conn := <-guest
+	s, conn := unreadStdin(t)
 	go func() { // ends with the stream
 		for {
 			if _, err := s.Stdin.Write(make([]byte, 1)); err != nil {
