@@ -81,16 +81,15 @@ func (s *splice) Write(b []byte) (int, error) {
 
 // send sends what is read from tcp in chunks, then the end mark.
 func (s *splice) send() error {
-	const head = 4
 	buf := make([]byte, spliceBuffer)
 	for {
-		n, err := s.tcp.Read(buf[head:])
+		n, err := s.tcp.Read(buf[ChunkHead:])
 		if n > 0 {
 			if err := s.reserve(n); err != nil {
 				return err
 			}
 			binary.BigEndian.PutUint32(buf, uint32(n))
-			if _, err := s.Write(buf[:head+n]); err != nil {
+			if _, err := s.Write(buf[:ChunkHead+n]); err != nil {
 				return err
 			}
 		}
@@ -118,7 +117,7 @@ func (s *splice) reserve(n int) error {
 
 // receive never waits for tcp: behind what that does not take there may be receipts.
 func (s *splice) receive() error {
-	var head [4]byte
+	var head [ChunkHead]byte
 	buf := make([]byte, spliceBuffer)
 	for {
 		if _, err := io.ReadFull(s.conn, head[:]); err != nil {
