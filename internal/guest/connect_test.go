@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/thread"
+	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
 
@@ -58,7 +59,7 @@ func listenInside(t *testing.T, n *testNetwork, address string, serve func(*net.
 // connected starts a connection and returns the host's end, and how it went.
 func connected(t *testing.T, n *testNetwork, address string) (net.Conn, <-chan error) {
 	t.Helper()
-	host, guest := socketConns(t)
+	host, guest := agenttest.SocketPair(t)
 	s := &server{sandbox: n.sandbox, connects: make(chan struct{}, 1)}
 	done := make(chan error, 1)
 	go func() { done <- s.connect(t.Context(), guest, address) }()
@@ -175,7 +176,7 @@ func TestConnectRefused(t *testing.T) {
 			t.Errorf("%q: %v, want %v", address, err, want)
 		}
 	}
-	host, guest := socketConns(t)
+	host, guest := agenttest.SocketPair(t)
 	defer host.Close()
 	s := &server{sandbox: n.sandbox, connects: make(chan struct{})} // full
 	if err := s.connect(t.Context(), guest, "127.0.0.1:80"); !errdefs.IsAlreadyExists(err) {

@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
 	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 )
@@ -65,7 +66,7 @@ func testContainer(t *testing.T, command ...string) (*service, *container, *proc
 // streamTo opens a stream as a host does, over a socket.
 func streamTo(t *testing.T, s *service, which byte, container string) (net.Conn, extension.StreamStatus, string) {
 	t.Helper()
-	host, agent := socketConns(t)
+	host, agent := agenttest.SocketPair(t)
 	srv := &server{sandbox: s.sandbox}
 	srv.handshakes.Go(func() { srv.acceptStream(t.Context(), agent) })
 	t.Cleanup(srv.handshakes.Wait)
@@ -78,25 +79,6 @@ func streamTo(t *testing.T, s *service, which byte, container string) (net.Conn,
 		t.Fatal(err)
 	}
 	return host, status, message
-}
-
-func socketConns(t *testing.T) (a, b net.Conn) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var conns [2]net.Conn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socket")
-		conns[i], err = net.FileConn(f)
-		f.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conns[i].Close() })
-	}
-	return conns[0], conns[1]
 }
 
 // drained waits until the container has no stream connections.
@@ -174,7 +156,7 @@ func TestStreamsRefused(t *testing.T) {
 	if _, status, _ := streamTo(t, s, extension.Stdout, "c"); status != extension.StreamTaken {
 		t.Errorf("second: %v", status)
 	}
-	host, agent := socketConns(t)
+	host, agent := agenttest.SocketPair(t)
 	srv := &server{sandbox: s.sandbox}
 	srv.handshakes.Go(func() { srv.acceptStream(t.Context(), agent) })
 	if _, err := host.Write([]byte("garbage")); err != nil {
@@ -255,7 +237,7 @@ func TestStreamOfAHostThatLeft(t *testing.T) {
 	s, c, _ := testContainer(t, "sleep", "100")
 	srv := &server{sandbox: s.sandbox}
 	for _, which := range []byte{extension.Stdin, extension.Stdout, extension.Stderr} {
-		host, agent := socketConns(t)
+		host, agent := agenttest.SocketPair(t)
 		if err := extension.WriteStreamHeader(host, extension.StreamHeader{Stream: which, ContainerID: "c", ExecID: "c"}); err != nil {
 			t.Fatal(err)
 		}

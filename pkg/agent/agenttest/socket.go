@@ -10,6 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// SocketPair is two ends of a stream with the kernel's buffers between them, until
+// the end of the test.
+func SocketPair(tb testing.TB) (a, b net.Conn) {
+	tb.Helper()
+	a, b, err := socketPair()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _, _ = a.Close(), b.Close() })
+	return a, b
+}
+
 // socketPair is two ends of a stream with the kernel's buffers between them.
 func socketPair() (a, b net.Conn, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
