@@ -49,6 +49,10 @@ type Config struct {
 	// TemplateDir is where templates of machines are (see MakeTemplate): Start goes
 	// on from the one that fits, if there is one. Empty: every machine boots.
 	TemplateDir string
+	// MakeTemplates says when EnsureTemplate makes one that is not there:
+	// MakeEmulated is under TCG, where a boot is slow and a machine no wall against
+	// its guest in the first place. Empty: MakeNever.
+	MakeTemplates string
 }
 
 // Validate reports every fault at once.
@@ -61,6 +65,7 @@ func (c Config) Validate() error {
 		{"accelerator", c.Accelerator, []string{"", "auto", KVM, TCG}},
 		{"vsock", c.Vsock, []string{"", "auto", VsockKernel, VsockVhostUser}},
 		{"virtiofsd cache", c.VirtiofsdCache, []string{"", "auto", "always", "never"}},
+		{"making of templates", c.MakeTemplates, []string{"", MakeEmulated, MakeAlways, MakeNever}},
 	} {
 		if !slices.Contains(choice.of, choice.value) {
 			errs = append(errs, fmt.Errorf("qemu: %s %q is not one of %q", choice.name, choice.value, choice.of[1:]))

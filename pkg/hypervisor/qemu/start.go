@@ -54,7 +54,7 @@ func newVM(spec hypervisor.Spec, opts Options) *VM {
 			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
 			cgroupFD: opts.CgroupFD, started: opts.Started,
 		},
-		resized: make(chan struct{}, 1), migrated: make(chan string, 1), askAgain: askAgain, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
+		resized: make(chan struct{}, 1), migrated: make(chan string, 1), askAgain: askAgain, silence: silence, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
 		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
 	}
 }

@@ -13,13 +13,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/cleanup"
+	"github.com/vmshim/vmshim/pkg/agent/protocol/extension"
 	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
@@ -113,6 +113,7 @@ func (vm *VM) openTemplate() (*os.File, error) {
 		f.Close()
 		return nil, &TemplateError{path, cmp.Or(err, errOthers)}
 	}
+	markUsed(path)
 	return f, nil
 }
 
@@ -284,7 +285,8 @@ func (vm *VM) plugVsock(ctx context.Context, back *os.File) error {
 
 // MakeTemplate boots a machine of that kind, without its shares, and writes the
 // template that others like it go on from, in place of one that is there. It
-// returns the file. Options.Dir is for the machine, and is empty afterwards.
+// returns the file. Options.Dir is for the machine, of which nothing is left there.
+// It fails with errdefs.ErrUnavailable while another process makes one.
 func MakeTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (path string, err error) {
 	defer func() {
 		if err != nil {
@@ -300,15 +302,20 @@ func MakeTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (path
 	if path == "" {
 		return "", fmt.Errorf("no directory for templates, or a machine with disks: %w", errdefs.ErrInvalidArgument)
 	}
-	if err := os.MkdirAll(opts.Config.TemplateDir, 0o700); err != nil {
-		return "", err
-	}
-	file, err := os.CreateTemp(opts.Config.TemplateDir, ".new")
+	lock, err := lockTemplates(opts.Config.TemplateDir)
 	if err != nil {
 		return "", err
 	}
 	var undo cleanup.Stack
 	defer func() { err = errors.Join(err, undo.Run()) }()
+	undo.Add(lock.Close)
+	if err := tidyTemplates(opts.Config.TemplateDir); err != nil {
+		return "", err
+	}
+	file, err := os.CreateTemp(opts.Config.TemplateDir, newPrefix)
+	if err != nil {
+		return "", err
+	}
 	undo.Add(remove(file.Name()))
 	undo.Add(file.Close)
 	spec.Shares, opts.making = nil, true
@@ -324,7 +331,10 @@ func MakeTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (path
 	if err := file.Sync(); err != nil {
 		return "", err
 	}
-	return path, os.Rename(file.Name(), path)
+	if err := os.Rename(file.Name(), path); err != nil {
+		return "", err
+	}
+	return path, remove(path + failedSuffix)()
 }
 
 // orReason is why a machine went down, if it did.
@@ -348,10 +358,8 @@ func (vm *VM) freeze(ctx context.Context, file *os.File) error {
 		return err
 	}
 	defer end()
-	select {
-	case <-vm.Ready():
-	case <-ctx.Done():
-		return fmt.Errorf("wait for the guest's agent: %w; console: %s", context.Cause(ctx), vm.Console())
+	if err := vm.awaitReady(ctx); err != nil {
+		return fmt.Errorf("wait for the guest's agent: %w; console: %s", err, vm.Console())
 	}
 	if daemon := vm.process(roleVsock); daemon != nil {
 		vm.setOptional(daemon, true) // it ends with its connection
@@ -368,6 +376,42 @@ func (vm *VM) freeze(ctx context.Context, file *os.File) error {
 	return copyMemory(ctx, file, vm.ram, memorySize(vm.spec))
 }
 
+// silence is how long an agent that takes connections may not say that it serves.
+const silence = 5 * time.Second
+
+var errSilent = errors.New("it takes connections, but does not say that it serves, as it would have to wherever it goes on")
+
+// awaitReady waits until the agent says that it serves.
+func (vm *VM) awaitReady(ctx context.Context) error {
+	tick := time.NewTicker(vm.silence)
+	defer tick.Stop()
+	for answered := false; ; {
+		select {
+		case <-vm.Ready():
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+			if answered {
+				return errSilent
+			}
+			answered = vm.answers(ctx)
+		}
+	}
+}
+
+// answers says whether something in the guest takes connections for the agent.
+func (vm *VM) answers(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, vm.silence)
+	defer cancel()
+	conn, err := vm.dial(ctx, extension.AgentPort)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
 // process is the one that has the role; nil: none has.
 func (vm *VM) process(role string) *process {
 	vm.mu.Lock()
@@ -378,32 +422,4 @@ func (vm *VM) process(role string) *process {
 		}
 	}
 	return nil
-}
-
-// A Template is the file of one, for a list.
-type Template struct {
-	Path string
-	Size int64 // that it takes, in bytes
-	Made time.Time
-}
-
-// FindTemplate looks for the template of such a machine; its Path is empty when
-// there is none.
-func FindTemplate(spec hypervisor.Spec, cfg Config, host Host) (Template, error) {
-	path, err := cfg.templateFile(spec, host)
-	if path == "" || err != nil {
-		return Template{}, err
-	}
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Template{}, nil
-	}
-	if err != nil {
-		return Template{}, err
-	}
-	size := info.Size()
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		size = st.Blocks * 512 // without its holes
-	}
-	return Template{Path: path, Size: size, Made: info.ModTime()}, nil
 }

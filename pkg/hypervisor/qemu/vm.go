@@ -43,6 +43,7 @@ type VM struct {
 	plugs    plugs
 	resized  chan struct{} // has an element when the size of memory may have changed
 	askAgain time.Duration // of the package; shorter in tests
+	silence  time.Duration // of the package; shorter in tests
 	migrated chan string   // has an element when the state was read or written, or was not
 	restored bool          // from a template; set before Start returns
 	ram      *os.File      // the guest's, of a machine that begins with a template or for one
