@@ -37,24 +37,35 @@ func options(cfg config.Config) sandbox.Options {
 		StartVM: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (sandbox.Machine, error) {
 			return startVM(ctx, cfg.QEMU, spec, opts)
 		},
+		MakeTemplate: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (bool, error) {
+			how, err := machineOptions(ctx, cfg.QEMU, opts)
+			if err != nil {
+				return false, nil // startVM says what is wrong
+			}
+			return qemu.EnsureTemplate(ctx, spec, how)
+		},
 	}
 }
 
-func startVM(ctx context.Context, cfg qemu.Config, spec hypervisor.Spec, opts sandbox.VMOptions) (sandbox.Machine, error) {
+func machineOptions(ctx context.Context, cfg qemu.Config, opts sandbox.VMOptions) (qemu.Options, error) {
 	host, err := qemu.Probe(ctx, cfg)
-	if err != nil {
-		return nil, err
-	}
-	for _, w := range host.Warnings {
-		log.G(ctx).Warn(w)
-	}
-	how := qemu.Options{
+	return qemu.Options{
 		Config:   cfg,
 		Host:     host,
 		Dir:      opts.Dir,
 		Env:      opts.Env,
 		Started:  opts.Started,
 		CgroupFD: opts.CgroupFD,
+	}, err
+}
+
+func startVM(ctx context.Context, cfg qemu.Config, spec hypervisor.Spec, opts sandbox.VMOptions) (sandbox.Machine, error) {
+	how, err := machineOptions(ctx, cfg, opts)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range how.Host.Warnings {
+		log.G(ctx).Warn(w)
 	}
 	vm, err := qemu.Start(ctx, spec, how)
 	var unusable *qemu.TemplateError

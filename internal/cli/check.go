@@ -160,15 +160,21 @@ func (r *report) templates(cfg config.Config, host *qemu.Host) {
 	}
 	var found []string
 	for _, t := range list {
-		if t.Path != "" {
+		switch {
+		case t.Path != "":
 			found = append(found, t.For)
+		case t.Failed != "":
+			r.add("templates", statusWarning, "none for a %s, which boots: %s", t.For, t.Failed)
 		}
 	}
-	if len(found) == 0 {
+	switch {
+	case len(found) > 0:
+		r.add("templates", statusOK, "for a %s without limits, in %s", strings.Join(found, " and a "), cfg.QEMU.TemplateDir)
+	case cfg.QEMU.TemplateDir != "" && cfg.QEMU.MakesTemplates(*host):
+		r.add("templates", statusOK, "none yet: the first sandbox makes one")
+	default:
 		r.add("templates", statusOK, "none: every machine boots ('vmshim make-templates' changes that)")
-		return
 	}
-	r.add("templates", statusOK, "for a %s without limits, in %s", strings.Join(found, " and a "), cfg.QEMU.TemplateDir)
 }
 
 // network tries what the shim does with a pod's interface.

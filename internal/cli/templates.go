@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,10 +18,11 @@ import (
 
 // A template is that of one kind of sandbox.
 type template struct {
-	For  string    `json:"for"`
-	Path string    `json:"path,omitempty"` // empty: there is none
-	Size int64     `json:"size,omitempty"` // in bytes
-	Made time.Time `json:"made,omitzero"`
+	For    string    `json:"for"`
+	Path   string    `json:"path,omitempty"` // empty: there is none
+	Size   int64     `json:"size,omitempty"` // in bytes
+	Made   time.Time `json:"made,omitzero"`
+	Failed string    `json:"failed,omitempty"` // why there is none, when it was tried
 }
 
 func templates(ctx context.Context, c *call) error {
@@ -52,7 +54,7 @@ func findTemplates(cfg config.Config, host *qemu.Host) ([]template, error) {
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, template{kind, t.Path, t.Size, t.Made})
+		list = append(list, template{kind, t.Path, t.Size, t.Made, t.Failed})
 	}
 	return list, nil
 }
@@ -64,7 +66,7 @@ func (c *call) printTemplates(cfg config.Config, host *qemu.Host) error {
 	}
 	rows := [][]string{{"FOR", "MADE", "MIB", "FILE"}}
 	for _, t := range list {
-		row := []string{t.For, "-", "-", "-"}
+		row := []string{t.For, "-", "-", cmp.Or(t.Failed, "-")}
 		if t.Path != "" {
 			row = []string{t.For, t.Made.Format(time.DateTime), fmt.Sprint(t.Size >> 20), t.Path}
 		}

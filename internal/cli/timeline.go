@@ -17,6 +17,7 @@ const barWidth = 40
 var phaseTexts = map[string]string{
 	sandbox.PhaseShim:      "the shim begins",
 	sandbox.PhasePrepared:  "directory, state and control group are there",
+	sandbox.PhaseTemplate:  "a template was made, for all of this kind",
 	sandbox.PhaseMachine:   "QEMU runs, the guest's kernel boots",
 	sandbox.PhaseAgent:     "the agent in the guest answers",
 	sandbox.PhaseSandbox:   "the guest has the sandbox",

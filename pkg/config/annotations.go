@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 )
 
 // AnnotationPrefix is common to all annotations that change a setting.
@@ -65,6 +67,7 @@ func (c Config) Annotate(spec map[string]string) (Config, error) {
 		case !slices.Contains(c.Annotations, name):
 			errs = append(errs, fmt.Errorf("annotation %q is not in the configuration's list: %w", name, errdefs.ErrPermissionDenied))
 		default:
+			c.QEMU.MakeTemplates = qemu.MakeNever // who can write a specification could fill the host's disk
 			if err := set(&c, spec[name]); err != nil {
 				errs = append(errs, fmt.Errorf("annotation %q: %w: %w", name, err, errdefs.ErrInvalidArgument))
 			}

@@ -122,6 +122,9 @@ func (c Config) Validate() error {
 	if dir := c.QEMU.TemplateDir; dir != "" && !filepath.IsAbs(dir) {
 		bad("template_dir %q is not an absolute path", dir)
 	}
+	if made := []string{qemu.MakeEmulated, qemu.MakeAlways, qemu.MakeNever}; !slices.Contains(made, c.QEMU.MakeTemplates) {
+		bad("make_templates %q is not one of %q", c.QEMU.MakeTemplates, made)
+	}
 	for _, name := range c.Annotations {
 		if _, ok := annotations[name]; !ok {
 			bad("annotations: %q names no setting (there are %v)", name, annotationNames())

@@ -125,8 +125,8 @@ func TestParseFaults(t *testing.T) {
 		{"no TOML", "debug = true\n[machine\n", []string{"x.toml:2:"}},
 		{"duration", "[timeouts]\nstart = \"soon\"\n", []string{"x.toml:2:", `"soon"`}},
 		{"negative uid", "[qemu]\nuid_base = -1\n", []string{"x.toml:2:"}},
-		{"all faults at once", "state_dir = \"run\"\ntemplate_dir = \"t\"\nannotations = [\"io.vmshim.path\"]\n[machine]\nvcpus = 0\nmemory_mib = 1\nkernel = \"k\"\n[qemu]\npath = \"qemu\"\naccelerator = \"hvf\"\nuid_base = 4294967295\n[timeouts]\nstart = \"0s\"\n", []string{
-			"x.toml: ", `state_dir "run"`, `template_dir "t"`, `"io.vmshim.path" names no setting`, "0 vCPUs", "1 MiB", `kernel "k"`,
+		{"all faults at once", "state_dir = \"run\"\ntemplate_dir = \"t\"\nmake_templates = \"often\"\nannotations = [\"io.vmshim.path\"]\n[machine]\nvcpus = 0\nmemory_mib = 1\nkernel = \"k\"\n[qemu]\npath = \"qemu\"\naccelerator = \"hvf\"\nuid_base = 4294967295\n[timeouts]\nstart = \"0s\"\n", []string{
+			"x.toml: ", `state_dir "run"`, `template_dir "t"`, `make_templates "often"`, `"io.vmshim.path" names no setting`, "0 vCPUs", "1 MiB", `kernel "k"`,
 			`qemu.path "qemu"`, `qemu.accelerator "hvf"`, "qemu.uid_base", "timeouts.start 0s",
 		}},
 		{"long state_dir", `state_dir = "/` + strings.Repeat("x", 80) + `"`, []string{"socket paths"}},
@@ -200,6 +200,7 @@ func TestAnnotate(t *testing.T) {
 	m.Kernel, m.Initrd, m.KernelParams = "/k", "/i", []string{"a=1", "b=2", "c"}
 	m.VCPUs, m.MaxVCPUs, m.MemoryMiB, m.MaxMemoryMiB = 4, 4, 1024, 1024
 	want.QEMU.VirtiofsdCache = "never"
+	want.QEMU.MakeTemplates = "never"
 	if diff := cmp.Diff(want, c); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}

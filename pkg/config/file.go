@@ -20,6 +20,7 @@ type file struct {
 	StateDir    string       `toml:"state_dir"`
 	Debug       bool         `toml:"debug"`
 	TemplateDir string       `toml:"template_dir"`
+	Templates   string       `toml:"make_templates"`
 	Annotations []string     `toml:"annotations"`
 	Machine     fileMachine  `toml:"machine"`
 	QEMU        fileQEMU     `toml:"qemu"`
@@ -63,6 +64,7 @@ func defaults() file {
 	return file{
 		StateDir:    "/run/vmshim",
 		TemplateDir: "/var/lib/vmshim/templates",
+		Templates:   qemu.MakeEmulated,
 		Machine:     fileMachine{VCPUs: 1, MemoryMiB: 256},
 		QEMU: fileQEMU{
 			Accelerator:    "auto",
@@ -98,6 +100,7 @@ func (f file) config() Config {
 			UIDBase:          f.QEMU.UIDBase,
 			CacheDir:         f.StateDir,
 			TemplateDir:      f.TemplateDir,
+			MakeTemplates:    f.Templates,
 		},
 		Sandbox: sandbox.Config{
 			Machine: hypervisor.Spec{

@@ -118,6 +118,10 @@ type Options struct {
 	Files   []File
 	Config  Config
 	StartVM func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (Machine, error)
+	// MakeTemplate makes the template that such a machine goes on from, where there
+	// is to be one and is none, and says whether it did; nothing of it runs afterwards.
+	// It is asked for machines of the configured size. Nil: never.
+	MakeTemplate func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (bool, error)
 	// OnOOM is called when the guest's kernel killed a process of a container,
 	// always before the Done of a process that this ended, and once for each
 	// container. It must not block.

@@ -123,7 +123,7 @@ func (s *Sandbox) setErr(err error) {
 func (s *Sandbox) boot(ctx context.Context, spec *specs.Spec, undo *cleanup.Stack) error {
 	machine := s.machineSpec(spec)
 	for _, step := range []func(context.Context, *specs.Spec, *hypervisor.Spec, *cleanup.Stack) error{
-		s.makeDir, s.makeState, s.joinCgroup, s.makeShare, s.startMachine, s.serveConsole, s.findAgent, s.startSandbox,
+		s.makeDir, s.makeState, s.joinCgroup, s.makeShare, s.makeTemplate, s.startMachine, s.serveConsole, s.findAgent, s.startSandbox,
 	} {
 		if err := context.Cause(ctx); err != nil {
 			return err
@@ -234,14 +234,38 @@ func (s *Sandbox) makeShare(ctx context.Context, spec *specs.Spec, _ *hypervisor
 	return nil
 }
 
-// startMachine starts QEMU. A goroutine watches it from then on.
-func (s *Sandbox) startMachine(ctx context.Context, _ *specs.Spec, spec *hypervisor.Spec, undo *cleanup.Stack) error {
-	machine, err := s.opts.StartVM(ctx, *spec, VMOptions{
+// makeTemplate makes what this machine and others like it go on from. Without it
+// they boot.
+func (s *Sandbox) makeTemplate(ctx context.Context, spec *specs.Spec, machine *hypervisor.Spec, _ *cleanup.Stack) error {
+	if s.opts.MakeTemplate == nil || limitsOf(spec) != (limits{}) {
+		return nil
+	}
+	limited, cancel := context.WithTimeout(ctx, s.opts.Config.StartTimeout)
+	defer cancel()
+	made, err := s.opts.MakeTemplate(limited, *machine, s.vmOptions())
+	switch {
+	case made:
+		s.state.mark(ctx, PhaseTemplate, time.Now())
+	case err == nil:
+		return nil
+	case ctx.Err() == nil:
+		log.G(ctx).WithError(err).Warn("the machine boots")
+	}
+	return s.state.update(func(st *State) { st.Processes = nil }) // they have ended
+}
+
+func (s *Sandbox) vmOptions() VMOptions {
+	return VMOptions{
 		Dir:      s.opts.Dir,
 		Env:      []string{mark(s.opts.Dir)},
 		Started:  s.state.process,
 		CgroupFD: s.cgroup.fd(),
-	})
+	}
+}
+
+// startMachine starts QEMU. A goroutine watches it from then on.
+func (s *Sandbox) startMachine(ctx context.Context, _ *specs.Spec, spec *hypervisor.Spec, undo *cleanup.Stack) error {
+	machine, err := s.opts.StartVM(ctx, *spec, s.vmOptions())
 	if err != nil {
 		return fmt.Errorf("start machine: %w", err)
 	}

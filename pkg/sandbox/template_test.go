@@ -9,11 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/vmshim/vmshim/pkg/agent"
 	"github.com/vmshim/vmshim/pkg/agent/agenttest"
 	"github.com/vmshim/vmshim/pkg/agent/protocol"
+	"github.com/vmshim/vmshim/pkg/hypervisor"
 )
 
 // What a guest has in common with others of its template is changed before there
@@ -62,4 +64,101 @@ func TestRootRestoredFails(t *testing.T) {
 			e.clean()
 		})
 	}
+}
+
+// The first of a kind makes a template before its machine starts, if it can.
+func TestRootMakeTemplate(t *testing.T) {
+	refused := errors.New("no room")
+	limit := int64(64 << 20)
+	for name, tt := range map[string]struct {
+		made  bool
+		err   error
+		limit *int64 // of memory: the machine is of another size
+	}{
+		"makes it":     {made: true},
+		"there is one": {},
+		"fails":        {err: refused},
+		"with a limit": {limit: &limit},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newEnv(t)
+			first := make(chan string, 1)
+			e.point = func(what string) {
+				select {
+				case first <- what:
+				default:
+				}
+			}
+			e.opts.MakeTemplate = func(ctx context.Context, spec hypervisor.Spec, opts VMOptions) (bool, error) {
+				e.point("make template")
+				if spec.MemoryMiB != 256 || opts.Dir != e.opts.Dir || len(opts.Env) == 0 {
+					t.Errorf("machine %+v, %+v", spec, opts)
+				}
+				if _, ok := ctx.Deadline(); !ok {
+					t.Error("it may take for ever")
+				}
+				if !tt.made && tt.err == nil {
+					return false, nil
+				}
+				m, err := e.start(ctx, spec, opts)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = m.Kill()
+				return tt.made, tt.err
+			}
+			s := e.sandbox()
+			spec := testSpec()
+			if tt.limit != nil {
+				spec.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: tt.limit}}
+			}
+			if err := s.Start(t.Context(), spec); err != nil {
+				t.Fatal(err)
+			}
+			want := "make template"
+			if tt.limit != nil {
+				want = "start machine"
+			}
+			if did := <-first; did != want {
+				t.Errorf("the first that it did was to %s", did)
+			}
+			st, err := ReadState(e.opts.Dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(st.Processes) != 1 || st.Processes[0] != e.machine().proc {
+				t.Errorf("state has the processes %v", st.Processes)
+			}
+			if marked := slices.ContainsFunc(st.Timeline, func(p Phase) bool { return p.Name == PhaseTemplate }); marked != tt.made {
+				t.Errorf("time line %v", st.Timeline)
+			}
+			if err := s.Stop(t.Context()); err != nil {
+				t.Error(err)
+			}
+			e.clean()
+		})
+	}
+}
+
+// A sandbox that is stopped does not wait for its template.
+func TestRootMakeTemplateStopped(t *testing.T) {
+	e := newEnv(t)
+	making := make(chan struct{})
+	e.opts.MakeTemplate = func(ctx context.Context, _ hypervisor.Spec, _ VMOptions) (bool, error) {
+		close(making)
+		<-ctx.Done()
+		return false, context.Cause(ctx)
+	}
+	s := e.sandbox()
+	failed := make(chan error, 1)
+	go func() { failed <- s.Start(t.Context(), testSpec()) }()
+	ended(t, "the way to the template", making)
+	if err := s.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	fails(t, <-failed, errStopped)
+	if len(e.machines) > 0 {
+		t.Error("a machine was started")
+	}
+	e.clean()
 }

@@ -7,6 +7,7 @@ import "time"
 const (
 	PhaseShim      = "shim"      // the shim's work began
 	PhasePrepared  = "prepared"  // directory, state, share and control group are there
+	PhaseTemplate  = "template"  // a template was made, by the first of its kind
 	PhaseMachine   = "machine"   // QEMU answers and the guest is booting
 	PhaseAgent     = "agent"     // the guest's agent serves
 	PhaseSandbox   = "sandbox"   // the guest has the sandbox
