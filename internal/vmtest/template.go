@@ -12,10 +12,10 @@ import (
 	"github.com/vmshim/vmshim/pkg/hypervisor/qemu"
 )
 
-// Resume is Boot for tests that are not about the boot: where there is KVM, the
-// machine goes on from a template, which is made for the first of its kind. That
-// is worth it for a kind that several tests use, most of all where the host
-// is emulated and a boot takes the best part of a minute.
+// Resume is Boot for tests that are not about the boot: the machine goes on from a
+// template, which is made for the first of its kind. That is worth it for a kind
+// that several tests use, most of all where the host is emulated and a boot takes
+// the best part of a minute.
 func Resume(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 	tb.Helper()
 	Need(tb, Root, QEMU, Share, Image)
@@ -42,14 +42,8 @@ func Resume(tb testing.TB, change ...func(*hypervisor.Spec)) *Machine {
 }
 
 // Templates is a directory of templates that all tests of the process share. The
-// first to ask makes them. Empty: machines boot, for there is no KVM.
-func Templates(makeIn func(dir string) error) (string, error) {
-	h, err := host()
-	if err != nil || h.Accelerator != qemu.KVM {
-		return "", err
-	}
-	return templates.with(makeIn)
-}
+// first to ask makes them.
+func Templates(makeIn func(dir string) error) (string, error) { return templates.with(makeIn) }
 
 var templates templateDir
 

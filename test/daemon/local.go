@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/vmshim/vmshim/test/ociimage"
@@ -53,8 +54,11 @@ func (l *Local) Built() error {
 }
 
 // Config is a shim configuration with the paths of this checkout. Extra lines
-// are keys of the top level.
+// are keys of the top level. Templates are in Dir, unless one of them says where.
 func (l *Local) Config(extra ...string) string {
+	if !slices.ContainsFunc(extra, func(line string) bool { return strings.HasPrefix(line, templateDir) }) {
+		extra = append(slices.Clip(extra), TemplateDir(filepath.Join(l.Dir, "templates")))
+	}
 	return fmt.Sprintf("state_dir = '%s'\n%s\n[machine]\nkernel = '%s'\ninitrd = '%s'\n",
 		l.StateDir(), strings.Join(extra, "\n"), l.Kernel(), l.Initrd())
 }
@@ -89,7 +93,9 @@ func MakeTemplates(ctx context.Context, templates string) (err error) {
 
 // TemplateDir is the line of a configuration for a directory of templates. With
 // an empty one machines boot.
-func TemplateDir(dir string) string { return fmt.Sprintf("template_dir = '%s'", dir) }
+func TemplateDir(dir string) string { return fmt.Sprintf("%s = '%s'", templateDir, dir) }
+
+const templateDir = "template_dir"
 
 // Start runs a containerd of the generation with the image imported.
 func (l *Local) Start(ctx context.Context, generation string) (*Daemon, error) {

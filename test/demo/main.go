@@ -48,7 +48,7 @@ func demo(ctx context.Context) (err error) {
 		}
 		err = os.RemoveAll(dir)
 	}()
-	local, err := daemon.NewLocal(ctx, dir, "debug = true")
+	local, err := daemon.NewLocal(ctx, dir, "debug = true", daemon.TemplateDir("")) // a start is to be seen whole
 	if err != nil {
 		return err
 	}

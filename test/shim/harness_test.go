@@ -33,7 +33,7 @@ type host struct {
 	all     []*tasks
 }
 
-// newHost is a host whose machines go on from templates, where there is KVM.
+// newHost is a host whose machines go on from templates.
 func newHost(tb testing.TB, extra ...string) *host {
 	tb.Helper()
 	vmtest.Need(tb) // not in short mode

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // TestShimTemplate has machines go on from templates.
@@ -103,6 +104,103 @@ func TestShimTemplateFaults(t *testing.T) {
 			c.logs(tt.want)
 			c.has("echo works", "works")
 			c.end()
+			h.wantNothing()
+		})
+	}
+}
+
+// The first sandbox of a kind makes the template that it goes on from, as others do.
+func TestShimTemplateMade(t *testing.T) {
+	dir := t.TempDir()
+	h := newHostWith(t, dir, "make_templates = 'always'")
+	var first os.FileInfo
+	for _, id := range []string{"a", "b"} {
+		c := h.bundle(id, "sleep", "1000").run()
+		if h.look("-incoming\x00defer") == 0 {
+			t.Errorf("%s was booted", id)
+		}
+		c.has("echo works", "works")
+		made := h.templates(dir)
+		if first == nil {
+			first = made[0]
+		}
+		if len(made) != 1 || !os.SameFile(made[0], first) {
+			t.Errorf("%s: %d templates, the first of %v, not %v", id, len(made), made[0].ModTime(), first.ModTime())
+		}
+		c.end()
+		h.wantNothing()
+	}
+	c := h.bundle("c", "sleep", "1000")
+	limit := int64(64 << 20)
+	c.spec.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}
+	c.run()
+	if n := len(h.templates(dir)); n != 1 || h.look("-incoming\x00defer") != 0 {
+		t.Errorf("a larger machine goes on from one of %d templates", n)
+	}
+	c.end()
+}
+
+func (h *host) templates(dir string) (made []os.FileInfo) {
+	h.Helper()
+	entries, err := os.ReadDir(dir)
+	h.must(err)
+	for _, e := range entries {
+		info, err := e.Info()
+		h.must(err)
+		made = append(made, info)
+	}
+	return made
+}
+
+// Whoever dies over a template leaves nothing on the host but the file, which the
+// next one removes.
+func TestShimTemplateKilled(t *testing.T) {
+	for _, tt := range []struct {
+		name, victim string
+		then         func(h *host, c *tasks, dir string)
+	}{
+		{"the shim", "-id\x00first\x00", func(h *host, c *tasks, dir string) {
+			c.cleanup()
+			h.wantNothing()
+			if left := h.templates(dir); len(left) != 1 || !strings.HasPrefix(left[0].Name(), ".new") {
+				h.Errorf("left in the directory of templates: %v", left)
+			}
+			next := h.bundle("next", "sleep", "1000").run()
+			if made := h.templates(dir); len(made) != 1 || h.look("-incoming\x00defer") == 0 {
+				h.Errorf("the next one was booted; templates: %v", made)
+			}
+			next.end()
+		}},
+		{"QEMU", "guest=first,", func(h *host, c *tasks, dir string) {
+			h.sink.want(h, "create first")
+			c.logs("the machine boots")
+			if made := h.templates(dir); len(made) != 1 || !strings.HasSuffix(made[0].Name(), ".failed") {
+				h.Errorf("left in the directory of templates: %v", made)
+			}
+			c.startTask()
+			c.has("echo works", "works")
+			c.end()
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			h := newHostWith(t, dir, "make_templates = 'always'")
+			c := h.bundle("first", "sleep", "1000").start()
+			created := make(chan error, 1)
+			go func() {
+				_, err := c.Create(c.ctx(), c.createRequest())
+				created <- err
+			}()
+			for deadline := time.Now().Add(patience); h.look("guest=first,") == 0; time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatal("no machine")
+				}
+			}
+			h.must(unix.Kill(h.find(tt.victim), unix.SIGKILL))
+			if err := <-created; (err == nil) != (tt.name == "QEMU") {
+				t.Errorf("Create: %v", err)
+			}
+			tt.then(h, c, dir)
 			h.wantNothing()
 		})
 	}
