@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -81,26 +79,16 @@ func makeTemplates(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	fit := map[string]bool{}
+	var fit []string
 	for kind := range cfg.Sandbox.Machines() {
 		path, err := makeTemplate(ctx, cfg, host, kind)
 		if err != nil {
 			return err
 		}
-		fit[path] = true
+		fit = append(fit, path)
 	}
-	entries, err := os.ReadDir(cfg.QEMU.TemplateDir)
-	if err != nil {
+	if err := qemu.RemoveTemplates(cfg.QEMU.TemplateDir, fit...); err != nil {
 		return err
-	}
-	for _, e := range entries {
-		path := filepath.Join(cfg.QEMU.TemplateDir, e.Name())
-		if fit[path] {
-			continue
-		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
 	}
 	return c.printTemplates(cfg, host)
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -40,6 +41,13 @@ const (
 	failedSuffix = ".failed" // of the file that says why there is none
 )
 
+// What is in the directory by other names belongs to somebody else.
+var (
+	templateName = regexp.MustCompile(`^[0-9a-f]{16}$`)
+	failedName   = regexp.MustCompile(`^[0-9a-f]{16}\` + failedSuffix + `$`)
+	newName      = regexp.MustCompile(`^\` + newPrefix + `[0-9]+$`)
+)
+
 var errTemplateBusy = fmt.Errorf("another process makes one: %w", errdefs.ErrUnavailable)
 
 // EnsureTemplate makes the template that such a machine goes on from, where Config
@@ -69,7 +77,8 @@ func EnsureTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (ma
 	case errors.Is(ctx.Err(), context.Canceled): // it says nothing about the machine
 		return false, err
 	}
-	return false, errors.Join(err, os.WriteFile(path+failedSuffix, []byte(err.Error()+"\n"), 0o600))
+	why := strings.ReplaceAll(err.Error(), "\n", "; ")
+	return false, errors.Join(err, os.WriteFile(path+failedSuffix, []byte(why+"\n"), 0o600))
 }
 
 // MakesTemplates says whether EnsureTemplate makes any on that host.
@@ -105,33 +114,45 @@ func tidyTemplates(dir string) error {
 	if err != nil {
 		return err
 	}
-	type file struct {
-		path string
-		used time.Time
-	}
-	var templates []file
-	var gone []string
+	var templates, gone []fs.FileInfo
 	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
 		info, err := e.Info()
-		if err != nil {
-			return err
-		}
 		switch {
-		case strings.HasPrefix(e.Name(), newPrefix),
-			strings.HasSuffix(e.Name(), failedSuffix) && time.Since(info.ModTime()) > retryAfter:
-			gone = append(gone, path)
-		case !strings.HasSuffix(e.Name(), failedSuffix):
-			templates = append(templates, file{path, lastUse(info)})
+		case err != nil:
+			return err
+		case templateName.MatchString(e.Name()):
+			templates = append(templates, info)
+		case newName.MatchString(e.Name()), failedName.MatchString(e.Name()) && time.Since(info.ModTime()) > retryAfter:
+			gone = append(gone, info)
 		}
 	}
-	slices.SortFunc(templates, func(a, b file) int { return b.used.Compare(a.used) })
-	for _, t := range templates[min(len(templates), maxTemplates-1):] {
-		gone = append(gone, t.path)
+	slices.SortFunc(templates, func(a, b fs.FileInfo) int { return lastUse(b).Compare(lastUse(a)) })
+	gone = append(gone, templates[min(len(templates), maxTemplates-1):]...)
+	var errs []error
+	for _, info := range gone {
+		errs = append(errs, os.Remove(filepath.Join(dir, info.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+// RemoveTemplates removes all but those files from the directory, and the reasons
+// for which there are no others.
+func RemoveTemplates(dir string, but ...string) error {
+	lock, err := lockTemplates(dir)
+	if err != nil {
+		return fmt.Errorf("remove templates: %w", err)
+	}
+	defer lock.Close()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("remove templates: %w", err)
 	}
 	var errs []error
-	for _, path := range gone {
-		errs = append(errs, remove(path)())
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if failedName.MatchString(e.Name()) || templateName.MatchString(e.Name()) && !slices.Contains(but, path) {
+			errs = append(errs, os.Remove(path))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -144,24 +144,37 @@ func TestTidyTemplates(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	name := func(i int) string { return fmt.Sprintf("%016x", i) }
+	const oldest = 1000 * time.Hour
+	file("other", oldest, oldest)
+	file(".newest", oldest, oldest)
 	file(newPrefix+"123", 0, 0)
-	file("x"+failedSuffix, 0, retryAfter/2)
-	file("y"+failedSuffix, 0, 2*retryAfter)
-	for i := range maxTemplates { // the last one was made first, and used the longest ago but one
-		file(fmt.Sprint(i), time.Duration(i)*time.Hour, time.Duration(i)*time.Hour)
+	file(name(100)+failedSuffix, 0, retryAfter/2)
+	file(name(101)+failedSuffix, 0, 2*retryAfter)
+	for i := range maxTemplates {
+		file(name(i), time.Duration(i)*time.Hour, time.Duration(i)*time.Hour)
 	}
-	markUsed(filepath.Join(dir, fmt.Sprint(maxTemplates-1)))
+	markUsed(filepath.Join(dir, name(maxTemplates-1))) // the first that was made
 	if err := tidyTemplates(dir); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]bool{
-		newPrefix + "123": false, "x" + failedSuffix: true, "y" + failedSuffix: false,
-		"0": true, fmt.Sprint(maxTemplates - 3): true, fmt.Sprint(maxTemplates - 2): false, fmt.Sprint(maxTemplates - 1): true,
-	} {
-		if _, err := os.Stat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) == want {
-			t.Errorf("%s: %v", name, err)
+	check := func(want map[string]bool) {
+		t.Helper()
+		for name, there := range want {
+			if _, err := os.Stat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) == there {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
 	}
+	check(map[string]bool{
+		"other": true, ".newest": true,
+		newPrefix + "123": false, name(100) + failedSuffix: true, name(101) + failedSuffix: false,
+		name(0): true, name(maxTemplates - 3): true, name(maxTemplates - 2): false, name(maxTemplates - 1): true,
+	})
+	if err := RemoveTemplates(dir, filepath.Join(dir, name(1))); err != nil {
+		t.Fatal(err)
+	}
+	check(map[string]bool{"other": true, ".newest": true, name(100) + failedSuffix: false, name(0): false, name(1): true})
 }
 
 // An agent that serves but never says so can't be waited for.
