@@ -40,7 +40,7 @@ func options(cfg config.Config) sandbox.Options {
 		MakeTemplate: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (bool, error) {
 			how, err := machineOptions(ctx, cfg.QEMU, opts)
 			if err != nil {
-				return false, nil // startVM says what is wrong
+				return false, err
 			}
 			return qemu.EnsureTemplate(ctx, spec, how)
 		},

@@ -249,7 +249,7 @@ func (s *Sandbox) makeTemplate(ctx context.Context, spec *specs.Spec, machine *h
 	case err == nil:
 		return nil
 	case ctx.Err() == nil:
-		log.G(ctx).WithError(err).Warn("the machine boots")
+		log.G(ctx).WithError(err).Warn("no template was made")
 	}
 	return s.state.update(func(st *State) { st.Processes = nil }) // they have ended
 }

@@ -180,12 +180,14 @@ func TestTidyTemplates(t *testing.T) {
 // An agent that serves but never says so can't be waited for.
 func TestAwaitReady(t *testing.T) {
 	for name, tt := range map[string]struct {
-		qemu string
-		want error
+		qemu    string
+		silence time.Duration
+		kill    bool
+		want    error
 	}{
-		"says so": {"ring", nil},
-		"silent":  {"serve", errSilent},
-		"gone":    {"serve", errGone},
+		"says so": {qemu: "ring", silence: silence},
+		"silent":  {qemu: "serve", silence: 10 * time.Millisecond, want: errSilent},
+		"gone":    {qemu: "serve", silence: silence, kill: true, want: errGone},
 	} {
 		t.Run(name, func(t *testing.T) {
 			vm := startFake(t, behaviour{qemu: tt.qemu})
@@ -194,11 +196,9 @@ func TestAwaitReady(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer end()
-			if tt.want == errGone {
+			vm.silence = tt.silence
+			if tt.kill {
 				go vm.Kill() //nolint:errcheck // it waits for what has begun
-			}
-			if tt.want == errSilent {
-				vm.silence = 10 * time.Millisecond
 			}
 			if err := vm.awaitReady(ctx); !errors.Is(err, tt.want) {
 				t.Errorf("error %v", err)
