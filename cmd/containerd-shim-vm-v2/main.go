@@ -32,19 +32,22 @@ func main() {
 // options are what the shim cannot know of a sandbox.
 func options(cfg config.Config) sandbox.Options {
 	cfg.QEMU.CacheDir = cfg.StateDir // what QEMU says of itself, for the next start
-	return sandbox.Options{
+	o := sandbox.Options{
 		Config: cfg.Sandbox,
 		StartVM: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (sandbox.Machine, error) {
 			return startVM(ctx, cfg.QEMU, spec, opts)
 		},
-		MakeTemplate: func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (bool, error) {
+	}
+	if cfg.QEMU.TemplateDir != "" && cfg.QEMU.MakeTemplates != qemu.MakeNever {
+		o.MakeTemplate = func(ctx context.Context, spec hypervisor.Spec, opts sandbox.VMOptions) (bool, error) {
 			how, err := machineOptions(ctx, cfg.QEMU, opts)
 			if err != nil {
 				return false, err
 			}
 			return qemu.EnsureTemplate(ctx, spec, how)
-		},
+		}
 	}
+	return o
 }
 
 func machineOptions(ctx context.Context, cfg qemu.Config, opts sandbox.VMOptions) (qemu.Options, error) {
