@@ -170,7 +170,7 @@ func (r *report) templates(cfg config.Config, host *qemu.Host) {
 	switch {
 	case len(found) > 0:
 		r.add("templates", statusOK, "for a %s without limits, in %s", strings.Join(found, " and a "), cfg.QEMU.TemplateDir)
-	case cfg.QEMU.TemplateDir != "" && cfg.QEMU.MakesTemplates(*host):
+	case cfg.QEMU.MakesTemplates(*host):
 		r.add("templates", statusOK, "none yet: the first sandbox makes one")
 	default:
 		r.add("templates", statusOK, "none: every machine boots ('vmshim make-templates' changes that)")

@@ -122,9 +122,6 @@ func (c Config) Validate() error {
 	if dir := c.QEMU.TemplateDir; dir != "" && !filepath.IsAbs(dir) {
 		bad("template_dir %q is not an absolute path", dir)
 	}
-	if made := []string{qemu.MakeEmulated, qemu.MakeAlways, qemu.MakeNever}; !slices.Contains(made, c.QEMU.MakeTemplates) {
-		bad("make_templates %q is not one of %q", c.QEMU.MakeTemplates, made)
-	}
 	for _, name := range c.Annotations {
 		if _, ok := annotations[name]; !ok {
 			bad("annotations: %q names no setting (there are %v)", name, annotationNames())
@@ -167,12 +164,13 @@ func validateQEMU(q qemu.Config) (errs []error) {
 		key, value string
 		of         []string
 	}{
-		{"accelerator", q.Accelerator, []string{"auto", "kvm", "tcg"}},
-		{"vsock", q.Vsock, []string{"auto", "kernel", "vhost-user"}},
-		{"virtiofsd_cache", q.VirtiofsdCache, []string{"auto", "always", "never"}},
+		{"qemu.accelerator", q.Accelerator, []string{"auto", "kvm", "tcg"}},
+		{"qemu.vsock", q.Vsock, []string{"auto", "kernel", "vhost-user"}},
+		{"qemu.virtiofsd_cache", q.VirtiofsdCache, []string{"auto", "always", "never"}},
+		{"make_templates", q.MakeTemplates, []string{qemu.MakeEmulated, qemu.MakeAlways, qemu.MakeNever}},
 	} {
 		if !slices.Contains(s.of, s.value) {
-			errs = append(errs, fmt.Errorf("qemu.%s %q is not one of %q", s.key, s.value, s.of))
+			errs = append(errs, fmt.Errorf("%s %q is not one of %q", s.key, s.value, s.of))
 		}
 	}
 	for _, s := range []struct{ key, path string }{

@@ -17,15 +17,15 @@ import (
 
 // file is the configuration as it is written.
 type file struct {
-	StateDir    string       `toml:"state_dir"`
-	Debug       bool         `toml:"debug"`
-	TemplateDir string       `toml:"template_dir"`
-	Templates   string       `toml:"make_templates"`
-	Annotations []string     `toml:"annotations"`
-	Machine     fileMachine  `toml:"machine"`
-	QEMU        fileQEMU     `toml:"qemu"`
-	Network     fileNetwork  `toml:"network"`
-	Timeouts    fileTimeouts `toml:"timeouts"`
+	StateDir      string       `toml:"state_dir"`
+	Debug         bool         `toml:"debug"`
+	TemplateDir   string       `toml:"template_dir"`
+	MakeTemplates string       `toml:"make_templates"`
+	Annotations   []string     `toml:"annotations"`
+	Machine       fileMachine  `toml:"machine"`
+	QEMU          fileQEMU     `toml:"qemu"`
+	Network       fileNetwork  `toml:"network"`
+	Timeouts      fileTimeouts `toml:"timeouts"`
 }
 
 type fileMachine struct {
@@ -62,10 +62,10 @@ type fileTimeouts struct {
 
 func defaults() file {
 	return file{
-		StateDir:    "/run/vmshim",
-		TemplateDir: "/var/lib/vmshim/templates",
-		Templates:   qemu.MakeEmulated,
-		Machine:     fileMachine{VCPUs: 1, MemoryMiB: 256},
+		StateDir:      "/run/vmshim",
+		TemplateDir:   "/var/lib/vmshim/templates",
+		MakeTemplates: qemu.MakeEmulated,
+		Machine:       fileMachine{VCPUs: 1, MemoryMiB: 256},
 		QEMU: fileQEMU{
 			Accelerator:    "auto",
 			Vsock:          "auto",
@@ -100,7 +100,7 @@ func (f file) config() Config {
 			UIDBase:          f.QEMU.UIDBase,
 			CacheDir:         f.StateDir,
 			TemplateDir:      f.TemplateDir,
-			MakeTemplates:    f.Templates,
+			MakeTemplates:    f.MakeTemplates,
 		},
 		Sandbox: sandbox.Config{
 			Machine: hypervisor.Spec{

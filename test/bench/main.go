@@ -86,15 +86,16 @@ var targets = map[string]target{
 }
 
 func bench(ctx context.Context, runs, cycles, sandboxes int, making, only string) (_ *results, err error) {
-	if err := (qemu.Config{MakeTemplates: making}).Validate(); err != nil {
-		return nil, err
-	}
 	dir, err := os.MkdirTemp("", "vmbench")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	templates := filepath.Join(dir, "templates")
+	wish := qemu.Config{TemplateDir: templates, MakeTemplates: making}
+	if err := wish.Validate(); err != nil {
+		return nil, err
+	}
 	local, err := daemon.NewLocal(ctx, dir, daemon.TemplateDir(templates), "make_templates = 'never'",
 		"timeouts.start = '1h'", "timeouts.request = '10m'") // many start at once
 	if err != nil {
@@ -113,7 +114,7 @@ func bench(ctx context.Context, runs, cycles, sandboxes int, making, only string
 	defer func() { err = errors.Join(err, r.clear()) }()
 	res := &results{Host: r.host(ctx)}
 	r.target = targets[res.Host["kind"]]
-	if (qemu.Config{MakeTemplates: making}).MakesTemplates(qemu.Host{Accelerator: res.Host["kind"]}) {
+	if wish.MakesTemplates(qemu.Host{Accelerator: res.Host["kind"]}) {
 		if err := local.MakeTemplates(ctx); err != nil {
 			return nil, err
 		}

@@ -52,14 +52,7 @@ func TestShimHelpersKilled(t *testing.T) {
 			_, err := c.Create(c.ctx(), c.createRequest())
 			done <- err
 		}()
-		deadline := time.Now().Add(patience)
-		for pid := 0; pid == 0; time.Sleep(time.Millisecond) {
-			if pid = h.look(victim); pid != 0 {
-				_ = unix.Kill(pid, unix.SIGKILL)
-			} else if time.Now().After(deadline) {
-				t.Fatalf("no %s", victim)
-			}
-		}
+		_ = unix.Kill(h.await(victim), unix.SIGKILL)
 		begin := time.Now()
 		if err := <-done; err == nil || !strings.Contains(err.Error(), "killed") {
 			t.Errorf("Create whose %s is killed: %v", victim, err)

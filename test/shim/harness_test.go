@@ -164,6 +164,18 @@ func (h *host) look(text string) int {
 	return 0
 }
 
+// await is find for a process that is being started.
+func (h *host) await(text string) int {
+	h.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if pid := h.look(text); pid != 0 {
+			return pid
+		}
+	}
+	h.Fatalf("no process %q in time", text)
+	return 0
+}
+
 // kernelVsock says that no helper carries the streams.
 func (h *host) kernelVsock() bool {
 	_, err := os.Stat("/dev/vhost-vsock")

@@ -141,8 +141,7 @@ func TestCopyMemory(t *testing.T) {
 // QEMU that dies over a template leaves none behind that is not whole, and says so
 // that the machine can boot instead.
 func TestTemplateQEMUDies(t *testing.T) {
-	s, opts := fakeMachine(t, behaviour{qemu: "migrating"})
-	opts.Config.TemplateDir = filepath.Join(t.TempDir(), "templates")
+	s, opts := templateMachine(t)
 	if _, err := MakeTemplate(within(t), s, opts); err == nil || !strings.Contains(err.Error(), "qemu ended: exit status 0") {
 		t.Errorf("make: %v", err)
 	}

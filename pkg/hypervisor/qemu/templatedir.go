@@ -83,7 +83,7 @@ func EnsureTemplate(ctx context.Context, spec hypervisor.Spec, opts Options) (ma
 
 // MakesTemplates says whether EnsureTemplate makes any on that host.
 func (c Config) MakesTemplates(host Host) bool {
-	return c.MakeTemplates == MakeAlways || c.MakeTemplates == MakeEmulated && host.Accelerator == TCG
+	return c.TemplateDir != "" && (c.MakeTemplates == MakeAlways || c.MakeTemplates == MakeEmulated && host.Accelerator == TCG)
 }
 
 // lockTemplates makes the directory and takes its lock, which ends with the file
