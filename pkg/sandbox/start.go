@@ -27,10 +27,9 @@ import (
 )
 
 const (
-	// probeDelay is when the agent is asked for the first time whether it
-	// serves, in case that it is one that does not say so by itself.
-	probeDelay    = 3 * time.Second
-	probeMaxDelay = 5 * time.Second
+	// probeInterval is how often the agent is asked whether it serves, in case
+	// that it is one that does not say so by itself.
+	probeInterval = 3 * time.Second
 	// probeTimeout bounds one question.
 	probeTimeout = time.Second
 	// attendInterval is how often the guest is told the time, and its machine's
@@ -298,7 +297,7 @@ func (s *Sandbox) findAgent(ctx context.Context, _ *specs.Spec, _ *hypervisor.Sp
 }
 
 // awaitAgent waits for the guest to say that its agent serves, or for an
-// answer: an agent that says nothing is asked, less and less often.
+// answer: an agent that says nothing is asked.
 func awaitAgent(ctx context.Context, m Machine, check func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	answer, last := make(chan error, 1), errors.New("it was not asked yet")
@@ -309,8 +308,7 @@ func awaitAgent(ctx context.Context, m Machine, check func(context.Context) erro
 			last = <-answer
 		}
 	}()
-	delay := probeDelay
-	timer := time.NewTimer(delay)
+	timer := time.NewTimer(probeInterval)
 	defer timer.Stop()
 	for {
 		select {
@@ -331,8 +329,7 @@ func awaitAgent(ctx context.Context, m Machine, check func(context.Context) erro
 			if asking = false; last == nil {
 				return nil
 			}
-			delay = min(2*delay, probeMaxDelay)
-			timer.Reset(delay)
+			timer.Reset(probeInterval)
 		}
 	}
 }

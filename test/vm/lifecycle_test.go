@@ -50,6 +50,39 @@ func lacks(t *testing.T, err error, texts ...string) {
 	}
 }
 
+// TestVMSilentAgent has an agent that can't say that it serves, and a host that
+// asks all the time while the guest boots: vhost-device-vsock survives that.
+func TestVMSilentAgent(t *testing.T) {
+	m := vmtest.Start(t)
+	if path, hybrid := strings.CutPrefix(m.AgentURL(extension.AgentPort), "hvsock://"); hybrid {
+		path, _, _ = strings.Cut(path, ":")
+		if err := os.Remove(path + "_3"); err != nil { // where vhost-device-vsock passes on what the guest says
+			t.Fatal(err)
+		}
+	}
+	early := 0
+	for ctx := vmtest.Context(t); ; early++ {
+		one, cancel := context.WithTimeout(ctx, time.Second)
+		conn, err := m.Dial(one, extension.AgentPort)
+		cancel()
+		if err == nil {
+			defer conn.Close()
+			client := ttrpc.NewClient(conn)
+			defer client.Close()
+			if _, err := protocol.NewHealthClient(client).Check(ctx, &protocol.CheckRequest{}); err != nil {
+				t.Errorf("check: %v", err)
+			}
+			break
+		}
+		if err := ctx.Err(); err != nil {
+			t.Fatalf("%v after %d attempts", err, early)
+		}
+	}
+	if early == 0 {
+		t.Error("the guest answered before it booted")
+	}
+}
+
 func signalRole(tb testing.TB, m *vmtest.Machine, role string, sig syscall.Signal) {
 	tb.Helper()
 	for _, p := range m.Processes() {

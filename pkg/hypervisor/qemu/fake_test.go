@@ -66,6 +66,8 @@ func inherited(fd int) *os.File { return os.NewFile(uintptr(fd), "inherited") }
 //	serve            answer every command, power off when asked to by ACPI
 //	deaf             as serve, but do not power off
 //	ring             as serve, and let the guest ring (through fakeVsock)
+//	old              as serve, and know nothing of virtio devices
+//	driven           as serve; the guest takes its time to drive its vsock
 //	exit             complain and exit before QMP
 //	mute             never accept
 //	greet            say hello and nothing more
@@ -103,7 +105,13 @@ func runFakeQEMU(behaviour string, args []string) int {
 	}
 	script := []qmptest.Step{qmptest.Hello()}
 	switch behaviour {
-	case "serve", "ring":
+	case "old":
+		script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Fail("CommandNotFound", "no such command"))
+	case "driven":
+		script = append(script, driven()...)
+	}
+	switch behaviour {
+	case "serve", "ring", "old", "driven":
 		script = append(script, qmptest.Expect("system_powerdown"), qmptest.Return(nil),
 			qmptest.Event("SHUTDOWN", map[string]any{"reason": "guest-shutdown"}), qmptest.Close())
 	case "greet":
@@ -130,6 +138,21 @@ func runFakeQEMU(behaviour string, args []string) int {
 		select {}
 	}
 	return 0
+}
+
+// driven are three looks at the vsock: it is not there, not driven, driven.
+func driven() (script []qmptest.Step) {
+	list := func(devices ...map[string]string) {
+		script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Return(devices))
+	}
+	const path = "/machine/peripheral/vsock0/virtio-backend"
+	other := map[string]string{"name": "virtio-rng", "path": "/machine/peripheral/rng0/virtio-backend"}
+	list(other)
+	for _, started := range []bool{false, true} {
+		list(other, map[string]string{"name": "vhost-vsock", "path": path})
+		script = append(script, qmptest.Expect("x-query-virtio-status", `{"path":"`+path+`"}`), qmptest.Return(map[string]any{"vhost-started": started}))
+	}
+	return script
 }
 
 // runFakeVsock behaves as told: serve (echo every stream, ring when the fake

@@ -54,7 +54,8 @@ func newVM(spec hypervisor.Spec, opts Options) *VM {
 			env:      append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, opts.Env...),
 			cgroupFD: opts.CgroupFD, started: opts.Started,
 		},
-		resized: make(chan struct{}, 1), migrated: make(chan string, 1), askAgain: askAgain, silence: silence, scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
+		resized: make(chan struct{}, 1), migrated: make(chan string, 1), askAgain: askAgain, silence: silence, settle: settle,
+		scsiTurn: newTurn(), cpuTurn: newTurn(), memoryTurn: newTurn(),
 		deaf: make(chan struct{}), down: make(chan struct{}), done: make(chan struct{}),
 	}
 }
@@ -225,7 +226,7 @@ func (vm *VM) openVsock(ctx context.Context) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("vsock: %w", err)
 	}
-	vm.dial = vsock.Hybrid(vm.streams())
+	vm.dial = vm.whenDriven(vsock.Hybrid(vm.streams()))
 	return conn, nil
 }
 

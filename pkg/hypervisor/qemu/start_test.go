@@ -372,7 +372,8 @@ func TestDeath(t *testing.T) {
 
 // Whoever dials when the machine dies is told at once.
 func TestDeathEndsDial(t *testing.T) {
-	vm := startFake(t, behaviour{qemu: "deaf"})
+	vm := startFake(t, behaviour{qemu: "ring"})
+	await(t, "ready", vm.Ready())
 	var dial sync.WaitGroup
 	dial.Go(func() {
 		conn, err := vm.Dial(within(t), 666) // accepted, never answered

@@ -186,7 +186,7 @@ func TestAwaitReady(t *testing.T) {
 		want    error
 	}{
 		"says so": {qemu: "ring", silence: silence},
-		"silent":  {qemu: "serve", silence: 10 * time.Millisecond, want: errSilent},
+		"silent":  {qemu: "old", silence: 10 * time.Millisecond, want: errSilent},
 		"gone":    {qemu: "serve", silence: silence, kill: true, want: errGone},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -44,6 +44,7 @@ type VM struct {
 	resized  chan struct{} // has an element when the size of memory may have changed
 	askAgain time.Duration // of the package; shorter in tests
 	silence  time.Duration // of the package; shorter in tests
+	settle   time.Duration // of the package; shorter in tests
 	migrated chan string   // has an element when the state was read or written, or was not
 	restored bool          // from a template; set before Start returns
 	ram      *os.File      // the guest's, of a machine that begins with a template or for one
@@ -61,6 +62,7 @@ type VM struct {
 	failed    bool       // guarded by mu: down is closed
 	state     string     // guarded by mu: what happened
 	shutdown  string     // guarded by mu: QEMU's reason, from its event
+	driven    time.Time  // guarded by mu: when the guest was first seen to drive its vsock
 	asked     bool       // guarded by mu: the owner wants the machine to end
 	wanted    bool       // guarded by mu: it was asked before it went down
 }
