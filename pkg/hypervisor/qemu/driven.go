@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -11,55 +12,55 @@ import (
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
-// settle is how long vhost-device-vsock gets for the messages by which QEMU tells
-// it of a device that the guest begins to drive.
+// settle is how often QEMU is asked whether the guest drives its vsock, and so how
+// long vhost-device-vsock has at least for the messages by which QEMU tells it.
 const settle = time.Second
 
-var errNotDriven = fmt.Errorf("guest does not drive its vsock yet: %w", errdefs.ErrUnavailable)
+var errNotDriven = errors.New("guest does not drive its vsock yet")
 
-// whenDriven fails at once, and lets nothing through, until the guest has rung or
-// has driven its vsock for a moment. vhost-device-vsock (0.3) ends the thread that
-// serves the guest when a connection comes in after it was told of the guest's
-// memory and before it was told of all queues; the guest is out of reach for good
-// then, and nobody says so.
+// whenDriven lets nothing through until the guest has rung or has driven its vsock
+// for a moment. vhost-device-vsock (0.3) ends the thread that serves the guest
+// when a connection comes in after it was told of the guest's memory and before it
+// was told of all queues; the guest is out of reach for good then, and nobody
+// says so.
 func (vm *VM) whenDriven(dial vsock.Dialer) vsock.Dialer {
 	return func(ctx context.Context, port uint32) (net.Conn, error) {
-		if err := vm.checkDriven(ctx); err != nil {
+		if err := vm.awaitDriven(ctx); err != nil {
 			return nil, fmt.Errorf("dial guest port %d: %w", port, err)
 		}
 		return dial(ctx, port)
 	}
 }
 
-func (vm *VM) checkDriven(ctx context.Context) error {
-	select {
-	case <-vm.doorbell.rung:
-		return nil
-	default:
-	}
-	if since := vm.drivenSince(); !since.IsZero() && time.Since(since) > vm.settle {
-		return nil
-	}
-	driven, err := vm.drives(ctx)
-	switch {
-	case errdefs.IsNotImplemented(err): // QEMU before 7.2 can't tell
-		return nil
-	case err != nil:
-		return err
-	case driven:
-		vm.mu.Lock()
-		if vm.driven.IsZero() {
-			vm.driven = time.Now()
+func (vm *VM) awaitDriven(ctx context.Context) error {
+	tick := time.NewTicker(vm.settle)
+	defer tick.Stop()
+	for before := false; !vm.driven.Load(); {
+		select {
+		case <-vm.doorbell.rung:
+			return nil
+		default:
 		}
-		vm.mu.Unlock()
+		now, err := vm.drives(ctx)
+		switch {
+		case errdefs.IsNotImplemented(err): // QEMU before 7.2 can't tell
+			now, before = true, true
+		case err != nil:
+			return err
+		}
+		if now && before {
+			vm.driven.Store(true)
+			return nil
+		}
+		before = now
+		select {
+		case <-vm.doorbell.rung:
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), errNotDriven)
+		}
 	}
-	return errNotDriven
-}
-
-func (vm *VM) drivenSince() time.Time {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
-	return vm.driven
+	return nil
 }
 
 // drives asks QEMU whether the guest's driver has started the vsock.

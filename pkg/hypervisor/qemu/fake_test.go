@@ -140,7 +140,7 @@ func runFakeQEMU(behaviour string, args []string) int {
 	return 0
 }
 
-// driven are three looks at the vsock: it is not there, not driven, driven.
+// driven are four looks at the vsock: it is not there, not driven, driven.
 func driven() (script []qmptest.Step) {
 	list := func(devices ...map[string]string) {
 		script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Return(devices))
@@ -148,7 +148,7 @@ func driven() (script []qmptest.Step) {
 	const path = "/machine/peripheral/vsock0/virtio-backend"
 	other := map[string]string{"name": "virtio-rng", "path": "/machine/peripheral/rng0/virtio-backend"}
 	list(other)
-	for _, started := range []bool{false, true} {
+	for _, started := range []bool{false, true, true} {
 		list(other, map[string]string{"name": "vhost-vsock", "path": path})
 		script = append(script, qmptest.Expect("x-query-virtio-status", `{"path":"`+path+`"}`), qmptest.Return(map[string]any{"vhost-started": started}))
 	}
