@@ -12,8 +12,8 @@ import (
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
-// settle is how often QEMU is asked whether the guest drives its vsock, and so how
-// long vhost-device-vsock has at least for the messages by which QEMU tells it.
+// settle is how often QEMU is asked whether the guest drives its vsock, and how long
+// vhost-device-vsock has for the messages by which QEMU tells it.
 const settle = time.Second
 
 var errNotDriven = errors.New("guest does not drive its vsock yet")
@@ -33,34 +33,44 @@ func (vm *VM) whenDriven(dial vsock.Dialer) vsock.Dialer {
 }
 
 func (vm *VM) awaitDriven(ctx context.Context) error {
-	tick := time.NewTicker(vm.settle)
-	defer tick.Stop()
-	for before := false; !vm.driven.Load(); {
+	for !vm.isDriven() {
 		select {
 		case <-vm.doorbell.rung:
 			return nil
 		default:
 		}
-		now, err := vm.drives(ctx)
+		driven, err := vm.drives(ctx)
 		switch {
 		case errdefs.IsNotImplemented(err): // QEMU before 7.2 can't tell
-			now, before = true, true
+			return nil
 		case err != nil:
 			return err
+		case driven:
+			vm.seeDriven()
 		}
-		if now && before {
-			vm.driven.Store(true)
-			return nil
-		}
-		before = now
 		select {
 		case <-vm.doorbell.rung:
-		case <-tick.C:
+		case <-time.After(vm.settle):
 		case <-ctx.Done():
 			return fmt.Errorf("%w: %w", context.Cause(ctx), errNotDriven)
 		}
 	}
 	return nil
+}
+
+// isDriven says whether the guest was seen to drive its vsock for long enough.
+func (vm *VM) isDriven() bool {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return !vm.driven.IsZero() && time.Since(vm.driven) >= vm.settle
+}
+
+func (vm *VM) seeDriven() {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if vm.driven.IsZero() {
+		vm.driven = time.Now()
+	}
 }
 
 // drives asks QEMU whether the guest's driver has started the vsock.

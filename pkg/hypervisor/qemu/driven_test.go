@@ -8,8 +8,8 @@ import (
 )
 
 // Nobody reaches a guest that has said nothing before it has driven its vsock for
-// a moment: the fake QEMU insists on being asked four times, before it is told to
-// end, and no fifth time.
+// a moment: the fake QEMU insists on being asked three times, and no fourth time
+// before it is told to end.
 func TestDialWhenDriven(t *testing.T) {
 	vm := startFake(t, behaviour{qemu: "driven"})
 	vm.settle = time.Hour

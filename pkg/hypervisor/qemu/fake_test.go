@@ -106,7 +106,9 @@ func runFakeQEMU(behaviour string, args []string) int {
 	script := []qmptest.Step{qmptest.Hello()}
 	switch behaviour {
 	case "old":
-		script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Fail("CommandNotFound", "no such command"))
+		for range 2 {
+			script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Fail("CommandNotFound", "no such command"))
+		}
 	case "driven":
 		script = append(script, driven()...)
 	}
@@ -140,7 +142,7 @@ func runFakeQEMU(behaviour string, args []string) int {
 	return 0
 }
 
-// driven are four looks at the vsock: it is not there, not driven, driven.
+// driven are three looks at the vsock: it is not there, not driven, driven.
 func driven() (script []qmptest.Step) {
 	list := func(devices ...map[string]string) {
 		script = append(script, qmptest.Expect("x-query-virtio"), qmptest.Return(devices))
@@ -148,7 +150,7 @@ func driven() (script []qmptest.Step) {
 	const path = "/machine/peripheral/vsock0/virtio-backend"
 	other := map[string]string{"name": "virtio-rng", "path": "/machine/peripheral/rng0/virtio-backend"}
 	list(other)
-	for _, started := range []bool{false, true, true} {
+	for _, started := range []bool{false, true} {
 		list(other, map[string]string{"name": "vhost-vsock", "path": path})
 		script = append(script, qmptest.Expect("x-query-virtio-status", `{"path":"`+path+`"}`), qmptest.Return(map[string]any{"vhost-started": started}))
 	}

@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,7 +47,6 @@ type VM struct {
 	settle   time.Duration // of the package; shorter in tests
 	migrated chan string   // has an element when the state was read or written, or was not
 	restored bool          // from a template; set before Start returns
-	driven   atomic.Bool   // the guest was seen to drive its vsock
 	ram      *os.File      // the guest's, of a machine that begins with a template or for one
 	// Calls of a kind go one after the other: on the SCSI controller, CPUs, memory.
 	scsiTurn, cpuTurn, memoryTurn turn
@@ -64,6 +62,7 @@ type VM struct {
 	failed    bool       // guarded by mu: down is closed
 	state     string     // guarded by mu: what happened
 	shutdown  string     // guarded by mu: QEMU's reason, from its event
+	driven    time.Time  // guarded by mu: when the guest was first seen to drive its vsock
 	asked     bool       // guarded by mu: the owner wants the machine to end
 	wanted    bool       // guarded by mu: it was asked before it went down
 }
