@@ -37,22 +37,28 @@ func (e *ExitError) Error() string {
 		}
 	}
 	show("output", e.Output)
-	if line := panicLine(e.Console); line != "" {
-		show("console", []string{line}) // a trace of no use in one line follows it
+	if words := lastWords(e.Console); len(words) > 0 {
+		show("console", words) // without the trace, which is of no use in one line
 	} else {
 		show("console", e.Console)
 	}
 	return b.String()
 }
 
-// panicLine finds a kernel's last words (kernel/panic.c).
-func panicLine(console []string) string {
+// lastWords are those of a kernel that panicked: what it stumbled over and where, if
+// it did, and why it ended (die_header and show_ip in arch/x86/kernel/dumpstack.c,
+// __die and show_regs in arch/arm64/kernel, panic in kernel/panic.c).
+func lastWords(console []string) (words []string) {
 	for _, line := range console {
-		if strings.Contains(line, "Kernel panic - not syncing") {
-			return line
+		switch {
+		case strings.Contains(line, "Kernel panic - not syncing"):
+			return append(words, line)
+		case len(words) == 0 && strings.Contains(line, "[#1]"),
+			len(words) == 1 && (strings.Contains(line, "RIP: ") || strings.Contains(line, "pc : ")):
+			words = append(words, line)
 		}
 	}
-	return ""
+	return nil
 }
 
 // Unwrap gives the class.

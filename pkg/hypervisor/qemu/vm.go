@@ -84,7 +84,7 @@ func (vm *VM) Console() string {
 }
 
 // consoleTail is how many lines an error or a log gets: a panic with its trace.
-const consoleTail = 50
+const consoleTail = 80
 
 // Processes lists the host processes of the machine.
 func (vm *VM) Processes() []hypervisor.Process {

@@ -259,7 +259,7 @@ func (vm *VM) exitErrorLocked() *ExitError {
 	}
 	if vm.console != nil {
 		e.Console = tail(vm.console.ring.String(), consoleTail)
-		if vm.shutdown == "guest-reset" && panicLine(e.Console) != "" {
+		if vm.shutdown == "guest-reset" && len(lastWords(e.Console)) > 0 {
 			e.State = "guest kernel panicked" // which made it reset itself
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -163,7 +164,8 @@ func (c *Client) execute(ctx context.Context, command string, args, reply any, f
 }
 
 // write sends one line, and gives up with the context. Half a line makes the
-// connection worthless: it is closed then.
+// connection worthless: it is closed then. Where QEMU has closed it, there may still
+// be events to read, and then its end.
 func (c *Client) write(ctx context.Context, line []byte, file *os.File) error {
 	fired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -177,7 +179,9 @@ func (c *Client) write(ctx context.Context, line []byte, file *os.File) error {
 		err = c.conn.SetWriteDeadline(time.Time{})
 	}
 	if err != nil {
-		_ = c.conn.Close()
+		if !errors.Is(err, syscall.EPIPE) {
+			_ = c.conn.Close()
+		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -207,6 +209,38 @@ func TestPeerEnds(t *testing.T) {
 	}
 	if err := c.Execute(t.Context(), "c", nil, nil); !errdefs.IsUnavailable(err) {
 		t.Errorf("after the end: %v", err)
+	}
+	if err := c.Close(); err != nil {
+		t.Errorf("close: %v", err)
+	}
+}
+
+// A command that comes too late does not keep what QEMU said last from being read.
+func TestLastEvents(t *testing.T) {
+	near, far := qmptest.Pair(t)
+	played := make(chan error, 1)
+	go func() {
+		played <- qmptest.Play(far, qmptest.Hello(), qmptest.Event("STOP", nil), qmptest.Event("SHUTDOWN", nil), qmptest.Close())
+	}()
+	var events []string
+	release := make(chan struct{})
+	c, err := qmp.Connect(t.Context(), near, func(e qmp.Event) {
+		<-release
+		events = append(events, e.Name)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-played; err != nil {
+		t.Error(err)
+	}
+	if err := c.Execute(t.Context(), "late", nil, nil); !errors.Is(err, syscall.EPIPE) || !errdefs.IsUnavailable(err) {
+		t.Errorf("late: %v", err)
+	}
+	close(release)
+	<-c.Done()
+	if want := []string{"STOP", "SHUTDOWN"}; !slices.Equal(events, want) || !errors.Is(c.Err(), io.EOF) {
+		t.Errorf("events %q, then %v", events, c.Err())
 	}
 	if err := c.Close(); err != nil {
 		t.Errorf("close: %v", err)
