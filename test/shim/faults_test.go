@@ -20,6 +20,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
+	"github.com/vmshim/vmshim/pkg/sandbox"
 )
 
 // QEMU dies: everything in it ends with 137, in order, and what is left is
@@ -218,20 +219,20 @@ func (t *tasks) wantKills() {
 	}
 }
 
-// containerd gives up a Create that is going on.
+// containerd gives up a Create that has come so far.
 func TestShimCreateCanceled(t *testing.T) {
 	h := newHost(t)
-	for i, delay := range []time.Duration{50, 300, 700, 1500} {
+	for i, phase := range []string{sandbox.PhaseShim, sandbox.PhasePrepared, sandbox.PhaseMachine, sandbox.PhaseAgent, sandbox.PhaseSandbox} {
 		c := h.bundle("gone"+string(rune('0'+i)), "sleep", "1000").start()
 		done := make(chan error, 1)
 		go func() {
 			_, err := c.Create(c.ctx(), c.createRequest())
 			done <- err
 		}()
-		time.Sleep(delay * time.Millisecond)
+		h.awaitPhase(phase)
 		_ = c.conn.Close() // the context of a ttrpc call does not end otherwise
 		if err := <-done; err == nil {
-			t.Error("Create succeeds in no time; make the delays shorter")
+			t.Errorf("Create succeeded at once after phase %q", phase)
 		}
 		c.connect()
 		c.shutdown()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmshim/vmshim/internal/vmtest"
+	"github.com/vmshim/vmshim/pkg/sandbox"
 	"github.com/vmshim/vmshim/test/daemon"
 )
 
@@ -174,6 +176,21 @@ func (h *host) await(text string) int {
 	}
 	h.Fatalf("no process %q in time", text)
 	return 0
+}
+
+// awaitPhase waits until the only sandbox that starts has come that far.
+func (h *host) awaitPhase(name string) {
+	h.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		dirs, _ := sandbox.Dirs(h.local.StateDir()) // it may not be there yet
+		for _, dir := range dirs {
+			st, _ := sandbox.ReadState(dir)
+			if st != nil && slices.ContainsFunc(st.Timeline, func(p sandbox.Phase) bool { return p.Name == name }) {
+				return
+			}
+		}
+	}
+	h.Fatalf("no sandbox in phase %q in time", name)
 }
 
 // kernelVsock says that no helper carries the streams.
