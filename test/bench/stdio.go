@@ -13,6 +13,9 @@ import (
 	"github.com/vmshim/vmshim/pkg/vsock"
 )
 
+// transfers is how often each is made in a run: they are short, and differ by a fifth.
+const transfers = 3
+
 // stdio measures 20 MiB in each direction through a process' streams, against
 // a raw vsock connection between the same two ends: the same process reads and
 // writes it itself.
@@ -42,7 +45,7 @@ func (r *rig) stdio(ctx context.Context, res *results) (err error) {
 		return err
 	}
 	var rawOut, rawIn, out, in []time.Duration
-	for range r.runs {
+	for range r.runs * transfers {
 		for _, m := range []struct {
 			times *[]time.Duration
 			f     func(context.Context) (time.Duration, error)
