@@ -167,30 +167,35 @@ func (h *host) look(text string) int {
 }
 
 // await is find for a process that is being started.
-func (h *host) await(text string) int {
+func (h *host) await(text string) (pid int) {
 	h.Helper()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		if pid := h.look(text); pid != 0 {
-			return pid
-		}
-	}
-	h.Fatalf("no process %q in time", text)
-	return 0
+	h.until(fmt.Sprintf("process %q", text), func() bool {
+		pid = h.look(text)
+		return pid != 0
+	})
+	return pid
 }
 
 // awaitPhase waits until the only sandbox that starts has come that far.
 func (h *host) awaitPhase(name string) {
 	h.Helper()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	h.until(fmt.Sprintf("sandbox in phase %q", name), func() bool {
 		dirs, _ := sandbox.Dirs(h.local.StateDir()) // it may not be there yet
-		for _, dir := range dirs {
+		return slices.ContainsFunc(dirs, func(dir string) bool {
 			st, _ := sandbox.ReadState(dir)
-			if st != nil && slices.ContainsFunc(st.Timeline, func(p sandbox.Phase) bool { return p.Name == name }) {
-				return
-			}
+			return st != nil && slices.ContainsFunc(st.Timeline, func(p sandbox.Phase) bool { return p.Name == name })
+		})
+	})
+}
+
+// until waits for what comes by itself.
+func (h *host) until(what string, there func() bool) {
+	h.Helper()
+	for deadline := time.Now().Add(patience); !there(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.Fatalf("no %s in time", what)
 		}
 	}
-	h.Fatalf("no sandbox in phase %q in time", name)
 }
 
 // kernelVsock says that no helper carries the streams.

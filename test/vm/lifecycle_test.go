@@ -62,7 +62,7 @@ func TestVMSilentAgent(t *testing.T) {
 	}
 	early := 0
 	for ctx := vmtest.Context(t); ; early++ {
-		one, cancel := context.WithTimeout(ctx, time.Second)
+		one, cancel := context.WithTimeout(ctx, vmtest.Within(time.Second))
 		conn, err := m.Dial(one, extension.AgentPort)
 		cancel()
 		if err == nil {

@@ -370,23 +370,30 @@ func TestDeath(t *testing.T) {
 	}
 }
 
-// Whoever dials when the machine dies is told at once.
+// Whoever dials when the machine dies is told at once, also before the guest has
+// rung.
 func TestDeathEndsDial(t *testing.T) {
-	vm := startFake(t, behaviour{qemu: "ring"})
-	await(t, "ready", vm.Ready())
-	var dial sync.WaitGroup
-	dial.Go(func() {
-		conn, err := vm.Dial(within(t), 666) // accepted, never answered
-		if err == nil {
-			conn.Close()
-		}
-		if !errdefs.IsUnavailable(err) {
-			t.Errorf("dial: %v", err)
-		}
-	})
-	time.Sleep(20 * time.Millisecond)
-	_ = vm.Kill()
-	dial.Wait()
+	for _, qemu := range []string{"deaf", "ring"} {
+		t.Run(qemu, func(t *testing.T) {
+			vm := startFake(t, behaviour{qemu: qemu})
+			if qemu == "ring" {
+				await(t, "ready", vm.Ready())
+			}
+			var dial sync.WaitGroup
+			dial.Go(func() {
+				conn, err := vm.Dial(within(t), 666) // accepted, never answered
+				if err == nil {
+					conn.Close()
+				}
+				if !errdefs.IsUnavailable(err) {
+					t.Errorf("dial: %v", err)
+				}
+			})
+			time.Sleep(20 * time.Millisecond)
+			_ = vm.Kill()
+			dial.Wait()
+		})
+	}
 }
 
 func TestQEMURunsAsNobody(t *testing.T) {
